@@ -1,0 +1,40 @@
+# make demo   everything, from images to answers, on this machine (about ten minutes after set-up)
+# make test   lint, types, import rules and the whole test suite
+# make setup  only the virtual environment .venv, with DeepSpeed's CPU communication op compiled
+# make soak   the fault tests again with many repetitions (hours)
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test lint soak constraints clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt docker/setup.sh
+	@PYTHON="$(PYTHON)" sh docker/setup.sh "$(VENV)"
+	@touch $@
+
+demo: setup
+	@asvr demo $(DEMO)
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+test: lint
+	pytest $(TESTS)
+
+soak: setup
+	pytest tests/faults --kills 50
+
+constraints: setup
+	@(echo "# One tested working set, Python 3.11, CPU build of torch. Regenerate: make constraints"; \
+	  pip freeze --exclude asvr | sed 's/+cpu//') > constraints.new && mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) demo_run

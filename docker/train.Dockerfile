@@ -1,0 +1,15 @@
+# Stage two: the trainer, with DeepSpeed. Build from the repository root:
+#   docker build -f docker/train.Dockerfile -t asvr-train .
+# Run:
+#   docker run --gpus all --shm-size 16g -v /data:/data asvr-train train /data/recipe.yaml --nproc 8
+FROM python:3.11-slim
+# DeepSpeed compiles its communication op on machines without a GPU, and Triton its kernels on machines with one.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/asvr
+COPY pyproject.toml constraints.txt README.md ./
+COPY manifests manifests
+COPY tokenize_stage tokenize_stage
+COPY train_stage train_stage
+COPY pipeline pipeline
+RUN pip install --no-cache-dir --constraint constraints.txt '.[train]'
+ENTRYPOINT ["asvr"]

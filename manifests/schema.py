@@ -1,0 +1,167 @@
+"""What a manifest is: one JSON document that names every committed shard and everything needed to use it.
+
+The JSON Schema of `Manifest` is published as `manifests/manifest.schema.json`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+SCHEMA_VERSION = 1
+"""Version of the shard columns and of the manifest document, part of every fingerprint."""
+
+MANIFEST_NAME = "manifest.json"
+"""The newest manifest of an output folder; older ones are kept as `snapshots/DIGEST.json`."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+RelativePath = Annotated[str, Field(min_length=1)]
+
+
+class Frozen(BaseModel):
+    """Base of the contract's records: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokenizerSpec(Frozen):
+    """What a visual tokenizer is and the shape of what it makes.
+
+    One view of `view_size` x `view_size` pixels becomes `positions = grid[0] * grid[1]` positions of
+    `depth` codes; the code at level d is an id in `0 .. codebook_sizes[d] - 1`.
+    """
+
+    kind: str
+    origin: str = Field(description="path or hub id of the tokenizer, as the recipe gave it")
+    revision: str | None = None
+    weights_sha256: dict[str, Sha256] = Field(description="every file whose bytes decide a code")
+    view_size: PositiveInt
+    grid: tuple[PositiveInt, PositiveInt] = Field(description="(rows, columns) of positions in a view")
+    codebook_sizes: tuple[PositiveInt, ...] = Field(description="K of each depth", min_length=1)
+    code_dim: PositiveInt = Field(description="width of a codebook vector")
+    residual: bool = Field(default=True, description="depth d quantises what depths before it left over")
+    settings: dict[str, Any] = Field(default_factory=dict, description="kind-specific choices that decide a code")
+
+    @property
+    def depth(self) -> int:
+        return len(self.codebook_sizes)
+
+    @property
+    def positions(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class Geometry(Frozen):
+    """How a decoded image becomes square uint8 views. See `manifests.geometry`."""
+
+    mode: Literal["squash", "pad", "crop"]
+    size: PositiveInt = Field(description="edge of a view in pixels", le=4096)
+    background: tuple[int, int, int] = Field(default=(127, 127, 127), description="RGB of the letterbox bars of `pad`")
+
+    @field_validator("background")
+    @classmethod
+    def _bytes(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
+        if any(not 0 <= channel <= 255 for channel in value):
+            raise ValueError("background channels are integers from 0 to 255")
+        return value
+
+
+class FileEntry(Frozen):
+    """A file beside the manifest; `path` is relative to the manifest's folder."""
+
+    path: RelativePath
+    bytes: int = Field(ge=0)
+    sha256: Sha256
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, value: str) -> str:
+        if value.startswith("/") or "\\" in value or ".." in value.split("/"):
+            raise ValueError("a path in a manifest is relative and stays inside its folder")
+        return value
+
+
+class ShardEntry(FileEntry):
+    """One committed shard: the unit it came from and its number of rows."""
+
+    unit: str
+    rows: int = Field(ge=0)
+
+
+class TableEntry(FileEntry):
+    """A Parquet side file (index, rejects) and its number of rows."""
+
+    rows: int = Field(ge=0)
+
+
+class SourceIdentity(Frozen):
+    """Where the images came from."""
+
+    kind: str
+    location: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class DepthUsage(Frozen):
+    """How one depth's codebook is used over all positions of all images."""
+
+    used: int = Field(ge=0, description="codes that occur at least once")
+    perplexity: float = Field(ge=0, description="exp of the entropy of the code distribution, at most K")
+
+
+class Totals(Frozen):
+    """The job's counts: `ok + rejected == images`, over distinct image references."""
+
+    images: int = Field(ge=0)
+    ok: int = Field(ge=0)
+    rejected: int = Field(ge=0)
+    source_errors: int = Field(ge=0, description="records or containers that named no readable image, counted apart")
+    rejected_by_reason: dict[str, int] = Field(default_factory=dict)
+    views: int = Field(ge=0)
+    codes: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Totals:
+        if self.ok + self.rejected != self.images:
+            raise ValueError(f"ok {self.ok} + rejected {self.rejected} is not images {self.images}")
+        return self
+
+
+class Numerics(Frozen):
+    """What may flip a code whose margin is below rounding; recorded, not part of the fingerprint."""
+
+    device: str
+    torch: str
+    dtype: str
+    batch_size: PositiveInt
+
+
+class Provenance(Frozen):
+    """Who made this, with what; for people, compared with nothing."""
+
+    created_at: str = Field(description="UTC, ISO 8601")
+    command: list[str]
+    versions: dict[str, str]
+    numerics: list[Numerics] = Field(description="each distinct record among the units' workers")
+
+
+class Manifest(Frozen):
+    """The dataset: everything a reader may use, and nothing that is not committed."""
+
+    format: Literal["asvr-manifest"] = "asvr-manifest"
+    schema_version: Literal[1] = 1
+    kind: Literal["codes"] = "codes"
+    fingerprint: Sha256
+    fingerprint_keys: dict[str, Any] = Field(description="what the fingerprint is a hash of")
+    tokenizer: TokenizerSpec
+    geometry: Geometry
+    codebook: FileEntry = Field(description="safetensors; tensors `depth_0` .. `depth_{D-1}`, float32 (K, code_dim)")
+    source: SourceIdentity
+    shards: list[ShardEntry]
+    shards_file: FileEntry | None = Field(default=None, description="zstd JSON list, used above 10,000 shards")
+    index: TableEntry = Field(description="Parquet: one row per ok image, in shard order")
+    rejects: TableEntry = Field(description="Parquet: one row per rejected image")
+    totals: Totals
+    usage: list[DepthUsage]
+    provenance: Provenance

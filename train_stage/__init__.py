@@ -1,0 +1,1 @@
+"""Stage two: trains a LLaVA-style model that also predicts each image's codes, read from a manifest."""
