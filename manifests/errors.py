@@ -67,6 +67,20 @@ class TrainingStopped(AsvrError):
     exit_code = 11
 
 
+class Interrupted(AsvrError):
+    """Ctrl-C or SIGTERM ended the command; what was committed is kept."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, signum: int = 2) -> None:
+        super().__init__(message, signum)
+        self.message = message
+        self.exit_code = 128 + signum
+
+    def __str__(self) -> str:
+        return self.message
+
+
 EXIT_CODES: dict[int, str] = {
     0: "done, or nothing to do",
     1: "a bug in asvr; the traceback is printed",
@@ -81,5 +95,6 @@ EXIT_CODES: dict[int, str] = {
     10: "the storage refused a read or a write",
     11: "training stopped itself",
     130: "interrupted (Ctrl-C); what was committed is kept",
+    141: "whoever read the output went away",
     143: "terminated (SIGTERM); what was committed is kept",
 }

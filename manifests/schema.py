@@ -1,10 +1,13 @@
 """What a manifest is: one JSON document that names every committed shard and everything needed to use it.
 
-The JSON Schema of `Manifest` is published as `manifests/manifest.schema.json`.
+The JSON Schema of `Manifest` is published as `manifests/manifest.schema.json`; `python -m manifests.schema`
+writes it again.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
@@ -77,7 +80,7 @@ class FileEntry(Frozen):
     @field_validator("path")
     @classmethod
     def _stays_inside(cls, value: str) -> str:
-        if value.startswith("/") or "\\" in value or ".." in value.split("/"):
+        if value.startswith("/") or "\\" in value or "\0" in value or ".." in value.split("/"):
             raise ValueError("a path in a manifest is relative and stays inside its folder")
         return value
 
@@ -165,3 +168,13 @@ class Manifest(Frozen):
     totals: Totals
     usage: list[DepthUsage]
     provenance: Provenance
+
+
+def published_schema() -> str:
+    """The JSON Schema of `Manifest` as the text of `manifest.schema.json`."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("manifest.schema.json").write_text(published_schema())

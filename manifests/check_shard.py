@@ -1,0 +1,133 @@
+"""Everything that can be wrong with one shard, found in one read of its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from manifests.errors import StorageError, VerificationFailed
+from manifests.reader import size_problem
+from manifests.report import Problem
+from manifests.schema import SCHEMA_VERSION, Manifest, ShardEntry
+from manifests.shards import KIND, code_dtype, list_values, open_parquet, read_parquet, shard_schema
+from manifests.storage import Store
+
+_LARGEST_SHARD = 1 << 33  # the int32 values of the longest list that Arrow offsets can reach
+
+IDENTITY_COLUMNS = ["image_id", "sha256", "width", "height"]
+
+
+@dataclass
+class ShardFindings:
+    """What a shard holds and what is wrong with it; `rows` is None when it could not be read.
+
+    `histograms`: how often each code occurs, D arrays (K_d,); empty when the rows have wrong lengths.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    rows: pa.Table | None = None
+    histograms: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    views: int = 0
+    codes: int = 0
+
+
+def check_shard(store: Store, shard: ShardEntry, manifest: Manifest, *, deep: bool) -> ShardFindings:
+    """Check size, footer and schema of a shard and, when `deep`, its bytes and every row."""
+    found = ShardFindings()
+
+    def report(code: str, message: str) -> None:
+        found.problems.append(Problem(code, shard.path, message))
+
+    problem = size_problem(store, shard)
+    if problem:
+        report("shard_missing" if problem.endswith("is missing") else "shard_size", problem)
+        return found
+    path = store.path(shard.path)
+    try:
+        data = store.read(shard.path) if deep else None
+        if data is not None and hashlib.sha256(data).hexdigest() != shard.sha256:
+            report("shard_sha256", f"{path} is damaged: its sha256 is not that of the manifest")
+            return found  # whatever else it says is not worth believing, nor safe to parse
+        source = path if data is None else pa.py_buffer(data)
+        with open_parquet(source, path) as file:
+            readable = _check_footer(file, shard, manifest, report)
+        if deep and readable:
+            _check_rows(read_parquet(source, path, [*IDENTITY_COLUMNS, "view_boxes", "codes"]), manifest, found, report)
+    except VerificationFailed as error:
+        report("shard_schema", str(error))
+    except StorageError as error:
+        report("shard_missing", str(error))
+    return found
+
+
+def _check_footer(
+    file: pq.ParquetFile, shard: ShardEntry, manifest: Manifest, report: Callable[[str, str], None]
+) -> bool:
+    """Whether the rows can be read as a shard's."""
+    schema = file.schema_arrow
+    wanted = shard_schema(code_dtype(manifest.tokenizer.codebook_sizes))
+    wrong = [field.name for field in wanted if not _has(schema, field)]
+    if wrong:
+        report("shard_schema", f"{shard.path} lacks these columns or has them with another type: {', '.join(wrong)}")
+    marks = {
+        "schema_version": (str(SCHEMA_VERSION), "shard_schema"),
+        "kind": (KIND, "shard_schema"),
+        "unit": (shard.unit, "shard_schema"),
+        "fingerprint": (manifest.fingerprint, "fingerprint_mismatch"),
+    }
+    for name, (value, code) in marks.items():
+        mark = (schema.metadata or {}).get(f"asvr.{name}".encode(), b"").decode(errors="replace")
+        if mark != value:
+            report(code, f"{shard.path} has {name} {mark!r}, its manifest says {value!r}")
+    rows = file.metadata.num_rows
+    if rows != shard.rows:
+        report("shard_rows", f"{shard.path} has {rows} rows, its manifest says {shard.rows}")
+    unpacked = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+    if unpacked > _LARGEST_SHARD:
+        report("shard_schema", f"{shard.path} unpacks to {unpacked} bytes, more than a shard can hold")
+    return not wrong and unpacked <= _LARGEST_SHARD
+
+
+def _has(schema: pa.Schema, field: pa.Field) -> bool:
+    at = schema.get_all_field_indices(field.name)
+    return len(at) == 1 and bool(schema.field(at[0]).equals(field))
+
+
+def _check_rows(table: pa.Table, manifest: Manifest, found: ShardFindings, report: Callable[[str, str], None]) -> None:
+    spec = manifest.tokenizer
+    found.rows = table.select(IDENTITY_COLUMNS).replace_schema_metadata(None)
+    names = table["image_id"]
+    values, offsets = list_values(table["codes"])
+    boxes, box_offsets = list_values(table["view_boxes"])
+    lengths, box_lengths = np.diff(offsets), np.diff(box_offsets)
+    found.codes, found.views = int(lengths.sum()), int(box_lengths.sum()) // 4
+    per_view = spec.positions * spec.depth
+    bad = np.flatnonzero((lengths == 0) | (lengths * 4 != box_lengths * per_view))
+    if len(bad):
+        report(
+            "row_length",
+            f"{len(bad)} rows, first {names[int(bad[0])].as_py()!r}, do not have {per_view} codes for each view",
+        )
+    if not np.isfinite(boxes).all():
+        report("row_length", "some view_boxes are not finite")
+    if (lengths % spec.depth).any():
+        return  # depths cannot be told apart
+    codes_ND: npt.NDArray[Any] = values.reshape(-1, spec.depth)
+    if len(codes_ND) and (codes_ND.max(axis=0) >= np.asarray(spec.codebook_sizes)).any():
+        outside = (codes_ND >= np.asarray(spec.codebook_sizes)).any(axis=1)
+        rows = np.unique(np.searchsorted(offsets, np.flatnonzero(outside) * spec.depth, side="right") - 1)
+        report(
+            "code_range",
+            f"{len(rows)} rows, first {names[int(rows[0])].as_py()!r}, have codes beyond their codebook",
+        )
+        codes_ND = codes_ND[~outside]
+    found.histograms = [
+        np.bincount(codes_ND[:, depth], minlength=size) for depth, size in enumerate(spec.codebook_sizes)
+    ]

@@ -1,0 +1,232 @@
+"""Read a token set through its manifest. Nothing here lists a folder: what no manifest names does not exist.
+
+A manifest may come from anywhere: its paths stay inside its folder, and what is read into memory is bounded
+by sizes that are checked first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import zstandard
+from pydantic import TypeAdapter, ValidationError
+
+from manifests.codebook import decode_codebooks
+from manifests.documents import decompress, first_problem
+from manifests.errors import InputError, VerificationFailed
+from manifests.schema import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, ShardEntry
+from manifests.shards import (
+    UNREADABLE,
+    code_dtype,
+    damaged,
+    list_values,
+    open_parquet,
+    read_parquet,
+    read_shard,
+    shard_schema,
+)
+from manifests.storage import Store
+
+_LARGEST_MANIFEST = 256 << 20
+_LARGEST_LISTING = 1 << 30
+_SHARD_LIST = TypeAdapter(list[ShardEntry])
+
+
+@dataclass(frozen=True)
+class OpenManifest:
+    """A manifest whose shards were all there, with the right sizes, when it was opened.
+
+    `digest` is the sha256 of the manifest's bytes; `shards` is the list of shards wherever it was kept.
+    """
+
+    manifest: Manifest
+    folder: Path
+    digest: str
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def store(self) -> Store:
+        return Store.open(self.folder)
+
+    def codebooks(self) -> list[npt.NDArray[np.float32]]:
+        """The D codebooks, float32 (K, code_dim); `VerificationFailed` when they are not those of the manifest."""
+        spec = self.manifest.tokenizer
+        # 64 KiB hold the header of a safetensors file with any believable depth.
+        data = read_entry(
+            self.store, self.manifest.codebook, limit=4 * spec.code_dim * sum(spec.codebook_sizes) + (64 << 10)
+        )
+        name = str(self.store.path(self.manifest.codebook.path))
+        return decode_codebooks(data, spec.codebook_sizes, spec.code_dim, name)
+
+    def index(self) -> pa.Table:
+        """One row per ok image, in shard order, with the columns of `INDEX_SCHEMA`. Kept once read."""
+        return self._index
+
+    def rejects(self) -> pa.Table:
+        """One row per rejected image, with the columns of `REJECTS_SCHEMA`."""
+        return self._table(self.manifest.rejects)
+
+    def read_codes(self, image_ids: Sequence[str]) -> list[npt.NDArray[np.unsignedinteger[Any]]]:
+        """The codes (V, P, D) of some images, in the order asked; `InputError` names an image the set lacks.
+
+        Ask for many at a time: each call looks through the whole index, and a shard's row group is decoded once
+        for all the images in it.
+        """
+        wanted = pa.array(image_ids, pa.string())
+        places = pc.index_in(wanted, value_set=self._index["image_id"])
+        if places.null_count:
+            absent = wanted.filter(pc.is_null(places))
+            raise InputError(
+                f"{self.folder} has no codes of {absent[0].as_py()!r} ({len(absent)} such images): "
+                "tokenize the images first, or see its rejects"
+            )
+        at = places.to_numpy(zero_copy_only=False)
+        ordinals = self._index["shard"].to_numpy()[at]
+        rows = self._index["row"].to_numpy()[at]
+        found: list[Any] = [None] * len(at)
+        for ordinal in np.unique(ordinals):
+            mine = np.flatnonzero(ordinals == ordinal)
+            for place, codes in zip(mine, self._rows_of_shard(self.shards[ordinal], rows[mine]), strict=True):
+                found[place] = codes
+        return found
+
+    def iter_shards(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The shards' rows, shard by shard in the manifest's order; all columns, or some."""
+        for shard in self.shards:
+            yield read_shard(self.store.path(shard.path), columns)
+
+    @cached_property
+    def _index(self) -> pa.Table:
+        return self._table(self.manifest.index).combine_chunks()
+
+    def _table(self, entry: FileEntry) -> pa.Table:
+        data = read_entry(self.store, entry, limit=entry.bytes)
+        return read_parquet(pa.py_buffer(data), self.store.path(entry.path))
+
+    def _rows_of_shard(self, shard: ShardEntry, rows: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[Any]]:
+        """The codes of some rows, in the order asked; only their row groups are decoded."""
+        spec = self.manifest.tokenizer
+        path = self.store.path(shard.path)
+        with open_parquet(path, path) as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            starts = np.concatenate([[0], np.cumsum(sizes)])
+            if starts[-1] != shard.rows or rows.max() >= shard.rows or rows.min() < 0:
+                raise VerificationFailed(f"{path} has other rows than its manifest says: run asvr verify on its folder")
+            groups = np.searchsorted(starts, rows, side="right") - 1
+            needed, ranks = np.unique(groups, return_inverse=True)
+            try:
+                table = file.read_row_groups(needed.tolist(), columns=["codes"])
+            except UNREADABLE as error:
+                raise damaged(path, error) from error
+        wanted = shard_schema(code_dtype(spec.codebook_sizes)).field("codes")
+        if table.schema.names != ["codes"] or not table.schema.field("codes").equals(wanted):
+            raise damaged(path, ValueError(f"it does not have the column {wanted}"))
+        values, offsets = list_values(table["codes"])
+        # Where each group that was read starts in the table, so that a row of the shard becomes a row of the table.
+        bases = np.concatenate([[0], np.cumsum(np.asarray(sizes)[needed])])
+        for row in bases[ranks] + rows - starts[groups]:
+            codes = values[offsets[row] : offsets[row + 1]]
+            if not codes.size or codes.size % (spec.positions * spec.depth):
+                raise VerificationFailed(f"{path} has a row of {codes.size} codes: run asvr verify on its folder")
+            yield codes.reshape(-1, spec.positions, spec.depth).copy()  # a view would keep the whole table alive
+
+
+def open_manifest(path: str | Path) -> OpenManifest:
+    """Open an output folder, its `manifest.json`, or one of its `snapshots/`; the shards' sizes are checked.
+
+    Raises `InputError` where no manifest is, and `VerificationFailed` for one that is damaged or names shards
+    that are missing or have another size.
+    """
+    opened = load_manifest(path)
+    for shard in opened.shards:
+        problem = size_problem(opened.store, shard)
+        if problem:
+            raise VerificationFailed(f"{problem}: run asvr verify on {opened.folder} to see all that is damaged")
+    return opened
+
+
+def load_manifest(path: str | Path) -> OpenManifest:
+    """Open a manifest as `open_manifest` does, without a look at its shards."""
+    store, manifest, data = read_manifest(path)
+    shards = manifest.shards if manifest.shards_file is None else read_shard_list(store, manifest.shards_file)
+    return OpenManifest(manifest, Path(store.location), hashlib.sha256(data).hexdigest(), tuple(shards))
+
+
+def read_manifest(path: str | Path) -> tuple[Store, Manifest, bytes]:
+    """The folder, the manifest and its bytes; errors as of `open_manifest`."""
+    place = Path(path)
+    if place.is_dir():
+        place = place / MANIFEST_NAME
+    folder = place.parent.parent if place.parent.name == "snapshots" else place.parent
+    if not place.is_file():
+        raise InputError(f"there is no manifest at {place}: give the output folder of a finished tokenize job")
+    store = Store.open(folder)
+    name = place.relative_to(folder).as_posix()
+    if store.size(name) > _LARGEST_MANIFEST:
+        raise VerificationFailed(
+            f"{place} has {store.size(name)} bytes, which is no manifest: restore it from a backup"
+        )
+    data = store.read(name)
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        raise VerificationFailed(_invalid(place, data, error)) from error
+    return store, manifest, data
+
+
+def size_problem(store: Store, entry: FileEntry) -> str | None:
+    """What is wrong with a file's presence or size, or None."""
+    path = store.path(entry.path)
+    try:
+        found = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path} is missing"
+    return None if found == entry.bytes else f"{path} has {found} bytes, its manifest says {entry.bytes}"
+
+
+def read_entry(store: Store, entry: FileEntry, *, limit: int) -> bytes:
+    """The bytes of a file beside the manifest, after its size (at most `limit`) and sha256 proved right."""
+    problem = size_problem(store, entry)
+    if problem is None and entry.bytes > limit:
+        problem = f"{store.path(entry.path)} has {entry.bytes} bytes, more than the {limit} it can need"
+    if problem:
+        raise VerificationFailed(f"{problem}: run the tokenize stage again to write it anew")
+    data = store.read(entry.path)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise VerificationFailed(
+            f"{store.path(entry.path)} is not the file that its manifest names (sha256 differs): "
+            "run the tokenize stage again to write it anew"
+        )
+    return data
+
+
+def read_shard_list(store: Store, entry: FileEntry) -> list[ShardEntry]:
+    """The shards of a manifest that keeps its list in a side file."""
+    data = read_entry(store, entry, limit=_LARGEST_MANIFEST)
+    try:
+        return _SHARD_LIST.validate_json(decompress(data, limit=_LARGEST_LISTING))
+    except (zstandard.ZstdError, ValidationError) as error:
+        raise VerificationFailed(
+            f"{store.path(entry.path)} is not a list of shards ({first_problem(error)}): "
+            "run the tokenize stage again to write it anew"
+        ) from error
+
+
+def _invalid(place: Path, data: bytes, error: ValidationError) -> str:
+    try:
+        version = json.loads(data)["schema_version"]
+    except (ValueError, KeyError, TypeError):
+        version = SCHEMA_VERSION
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        return f"{place} has schema version {version}, this asvr reads up to {SCHEMA_VERSION}: update asvr"
+    return f"{place} is not a manifest ({first_problem(error)}): restore it, or run the tokenize stage again"

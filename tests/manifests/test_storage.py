@@ -1,0 +1,249 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manifests.errors import InputError, LeaseHeld, StorageError
+from manifests.storage import Store, cache_dir, file_sha256
+
+
+@given(data=st.binary(max_size=2000), old=st.none() | st.binary(max_size=10))
+@settings(max_examples=40, deadline=None)
+def test_what_is_written_is_read(tmp_path_factory, data, old):
+    store = Store.open(tmp_path_factory.mktemp("store") / "deep" / "out")
+    if old is not None:
+        store.write("a/b.bin", old)
+    store.write("a/b.bin", memoryview(data))
+    assert store.read("a/b.bin") == data
+    assert store.size("a/b.bin") == len(data)
+    assert store.list() == ["a/b.bin"]
+
+
+def test_listing_takes_a_prefix_and_hides_temporary_files(tmp_path):
+    store = Store.open(tmp_path)
+    for name in ["commits/u1", "commits/u2", "commits-old", "shards/x"]:
+        store.write(name, b"")
+    (tmp_path / "commits/.tmp-1-abc").write_bytes(b"half")
+    assert store.list("commits/") == ["commits/u1", "commits/u2"]
+    assert store.list("commits") == ["commits-old", "commits/u1", "commits/u2"]
+    assert store.list("absent/") == []
+    store.delete("commits/u1")
+    store.delete("commits/u1")
+    assert not store.exists("commits/u1")
+
+
+@pytest.mark.parametrize("rel", ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "a\0b"])
+def test_a_path_stays_inside_the_store(tmp_path, rel):
+    with pytest.raises(InputError, match="not a path inside"):
+        Store.open(tmp_path).path(rel)
+
+
+def test_locations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Store.open("out").location == str(tmp_path / "out")
+    assert Store.open(f"file://{tmp_path}/a%20b").location == f"{tmp_path}/a b"
+    for url in ["s3://bucket/x", "file://other-host/x"]:
+        with pytest.raises(StorageError, match="not on this machine"):
+            Store.open(url)
+
+
+def test_files_follow_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        Store.open(tmp_path).write("x", b"1")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_the_system_refuses_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    store = Store.open(tmp_path / "file" / "below")
+    for attempt in (lambda: store.read("x"), lambda: store.write("x", b""), lambda: store.size("x")):
+        with pytest.raises(
+            StorageError, match=r"cannot (read|write) .*: (not a directory|file exists); choose"
+        ) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(StorageError, match="no such file or directory; check that the path is right"):
+        Store.open(tmp_path).read("absent")
+
+
+def test_a_full_disk_is_a_storage_error_and_leaves_the_old_content(tmp_path):
+    """A file size limit makes the kernel refuse the write half way, as a full disk does."""
+    code = """
+import resource, signal, sys
+from manifests.storage import Store
+from manifests.errors import StorageError
+store = Store.open(sys.argv[1])
+store.write("x", b"old")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+try:
+    store.write("x", bytes(1 << 20))
+except StorageError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert "cannot write" in done.stdout
+    assert "file too large" in done.stdout
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]  # noqa: PTH208
+
+
+WRITER = """
+import sys
+from manifests.storage import Store
+store = Store.open(sys.argv[1])
+print("ready", flush=True)
+turn = 0
+while True:
+    turn += 1
+    store.write("x", bytes([turn % 256]) * 3_000_000)
+"""
+
+
+def test_a_killed_writer_leaves_old_or_new_content(tmp_path):
+    for delay in (0.0, 0.02, 0.05, 0.11):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+        store = Store.open(tmp_path)
+        if store.exists("x"):
+            data = store.read("x")
+            assert len(data) == 3_000_000
+            assert data == data[:1] * len(data)
+        assert set(store.list()) <= {"x"}
+
+
+HOLDER = """
+import os, sys, time
+from manifests.storage import Store
+with Store.open(sys.argv[1]).lease("tokenize"):
+    if len(sys.argv) > 2 and os.fork() == 0:
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+        os._exit(0)
+    if len(sys.argv) <= 2:
+        print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def _hold(folder: Path, *extra: str) -> tuple[subprocess.Popen, str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, folder, *extra], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_a_second_process_is_refused_and_a_killed_one_blocks_nobody(tmp_path):
+    store = Store.open(tmp_path / "out")
+    assert store.lease_owner() is None
+    holder, _ = _hold(tmp_path / "out")
+    try:
+        owner = store.lease_owner()
+        assert owner is not None
+        assert owner.pid == holder.pid
+        with (
+            pytest.raises(LeaseHeld, match=f"is being written by process {holder.pid} on .*tokenize"),
+            store.lease("x"),
+        ):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    assert store.lease_owner() is None
+    with store.lease("tokenize"):
+        assert store.lease_owner() is not None
+        with pytest.raises(LeaseHeld), store.lease("again"):
+            pass
+        assert store.lease_owner() is not None
+    with store.lease("once more"):
+        pass
+
+
+def test_a_forked_child_does_not_keep_the_lease_of_a_killed_parent(tmp_path):
+    holder, child = _hold(tmp_path, "fork")
+    try:
+        assert Store.open(tmp_path).lease_owner() is not None
+        holder.kill()
+        holder.wait()
+        with Store.open(tmp_path).lease("next"):
+            os.kill(int(child), 0)  # the child is still there
+    finally:
+        os.kill(int(child), signal.SIGKILL)
+        holder.communicate()
+
+
+def test_asking_who_holds_the_lease_refuses_no_driver(tmp_path):
+    code = "import sys\nfrom manifests.storage import Store\nwhile True: Store.open(sys.argv[1]).lease_owner()"
+    asker = subprocess.Popen([sys.executable, "-c", code, tmp_path])
+    try:
+        for _ in range(50):
+            with Store.open(tmp_path).lease("tokenize"):
+                pass
+    finally:
+        asker.kill()
+        asker.wait()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASVR_CACHE", str(tmp_path / "cache"))
+    return cache_dir() / "sha256.json"
+
+
+def _file(path: Path, data: bytes, seconds_ago: int = 100) -> Path:
+    path.write_bytes(data)
+    when = time.time_ns() - seconds_ago * 10**9
+    os.utime(path, ns=(when, when))
+    return path
+
+
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_hash_is_remembered_until_the_file_changes(tmp_path, cache):
+    path = _file(tmp_path / "w", b"")
+    assert file_sha256(path) == EMPTY
+    assert EMPTY in cache.read_text()
+    cache.write_text(cache.read_text().replace(EMPTY, "remembered"))
+    assert file_sha256(path) == "remembered"
+    (tmp_path / "link").symlink_to(path)
+    assert file_sha256(tmp_path / "link") == "remembered"
+    assert file_sha256(_file(path, b"", seconds_ago=50)) == EMPTY
+    _file(path, b"x")
+    assert file_sha256(path).startswith("2d711642")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"w": 3}'])
+def test_a_damaged_hash_cache_is_made_again(tmp_path, cache, damage):
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(damage)
+    assert file_sha256(_file(tmp_path / "w", b"")) == EMPTY
+
+
+def test_a_fresh_file_is_not_remembered(tmp_path, cache):
+    file_sha256(_file(tmp_path / "w", b"", seconds_ago=0))
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("ASVR_CACHE", str(tmp_path / "file"))
+    assert file_sha256(_file(tmp_path / "w", b"")) == EMPTY
+
+
+def test_a_missing_file_to_hash_is_a_storage_error(tmp_path, cache):
+    with pytest.raises(StorageError, match="cannot read"):
+        file_sha256(tmp_path / "absent")
