@@ -19,12 +19,9 @@ echo "setup: installing packages (the first time takes a few minutes)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' 2>"$venv/pip.log" \
   || { cat "$venv/pip.log" >&2; fail "pip could not install the packages; its own message is above."; }
 
-export PATH="$(cd "$venv/bin" && pwd):$PATH" DS_ACCELERATOR=cpu
 TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(cd "$venv" && pwd)/torch_extensions}
 export TORCH_EXTENSIONS_DIR
-# A compile that was killed leaves a lock file behind on which every later start would wait for ever.
-rm -f "$TORCH_EXTENSIONS_DIR"/deepspeed_shm_comm/lock
 echo "setup: compiling DeepSpeed's CPU communication op"
-"$venv/bin/python" -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()' >"$venv/op.log" 2>&1 \
+"$venv/bin/python" -c 'from train_stage.engine import load_communication_op, prepare_environment; prepare_environment(); load_communication_op()' >"$venv/op.log" 2>&1 \
   || { cat "$venv/op.log" >&2; fail "the op did not compile; the compiler's message is above."; }
 echo "setup: ready"

@@ -1,0 +1,209 @@
+"""Checkpoints: `RUN/PHASE/step_N`, complete or not there at all. Torch-free, so that a finished run is seen at once.
+
+All ranks write into `step_N.tmp`; then rank 0 adds the trained weights and `COMPLETE.json`, and renames the folder.
+A kill at any moment leaves the checkpoints before it as they were. What decides the numbers of a run is recorded in
+`COMPLETE.json` and compared on resume: data, manifests, weights and settings by content, places by nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from manifests.atomic import storage_errors, write_atomically
+from manifests.errors import InputError, TrainingStopped
+from manifests.fingerprint import differing_keys, digest
+from manifests.hashes import file_sha256
+from manifests.reader import open_manifest
+from train_stage.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+MARKER = "COMPLETE.json"
+WEIGHTS = "weights.safetensors"
+"""Everything trained so far, in this phase and those before it, named as `AsvrModel.named_parameters()` names it."""
+
+UNFINISHED = ".tmp"
+_STEP = re.compile(r"^step_(\d+)$")
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
+_FREE = {"name", "data", "manifests", "micro_batch_size", "max_bad_rate"}
+"""Fields of a phase that may differ on resume: places, which are compared by content, and what changes no number."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder, and what its marker says."""
+
+    path: Path
+    step: int
+    final: bool
+    world: int
+    settings: dict[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The complete checkpoint of a phase with the highest step."""
+    found = complete(folder)
+    return found[-1] if found else None
+
+
+def complete(folder: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a phase, by step."""
+    with storage_errors("read", folder):
+        paths = [path for path in folder.iterdir() if _STEP.match(path.name)] if folder.is_dir() else []
+    read = [_read(path) for path in paths if (path / MARKER).is_file()]
+    return sorted(read, key=lambda checkpoint: checkpoint.step)
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        marker = json.loads((path / MARKER).read_bytes())
+        return Checkpoint(path, marker["step"], marker["final"], marker["world_size"], marker["settings"])
+    except (ValueError, KeyError) as error:
+        raise TrainingStopped(
+            f"{path / MARKER} is damaged: remove {path}, and the run goes on from before it"
+        ) from error
+
+
+def settings_of(config: TrainConfig, phase_name: str) -> dict[str, Any]:
+    """What decides the numbers of a phase: its settings, the content of its inputs, and the phase before it."""
+    names = [phase.name for phase in config.phases]
+    phase = config.phase(phase_name)
+    position = names.index(phase_name)
+    model = config.model.model_dump(mode="json")
+    model["tokenizer"] = config.model.tokenizer or config.model.language_model
+    return {
+        "seed": config.seed,
+        "precision": config.precision,
+        "deepspeed": config.deepspeed,
+        "model": {**model, **{part: _content(model[part]) for part in ("language_model", "tokenizer", "vision_tower")}},
+        "phase": phase.model_dump(mode="json", exclude=_FREE),
+        "data": [_file_digest(data.path) for data in phase.data],
+        "manifests": [_codes_digest(path) for path in phase.manifests],
+        "after": digest(settings_of(config, names[position - 1])) if position else None,
+    }
+
+
+def _file_digest(path: str) -> str:
+    if not Path(path).is_file():
+        raise InputError(f"the data file {path} does not exist: check data.path")
+    return file_sha256(Path(path))
+
+
+def _codes_digest(path: str) -> str:
+    """What stands for the codes of a manifest; unlike the manifest's own digest it leaves out who made it and when."""
+    opened = open_manifest(path)
+    return digest([opened.manifest.fingerprint, opened.manifest.index.sha256, [s.sha256 for s in opened.shards]])
+
+
+def _content(location: str) -> str:
+    """What stands for a model folder: the hashes of its files; a hub id stands for itself."""
+    folder = Path(location)
+    if not folder.is_dir():
+        return location
+    files = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES and path.is_file())
+    return digest([[path.name, file_sha256(path)] for path in files])
+
+
+def is_finished(config: TrainConfig) -> bool:
+    """Whether every phase has its last checkpoint, made with these settings."""
+    last = [newest(config.phase_folder(phase.name)) for phase in config.phases]
+    if not all(checkpoint is not None and checkpoint.final for checkpoint in last):
+        return False
+    wanted = [settings_of(config, phase.name) for phase in config.phases]
+    return all(
+        checkpoint is not None and checkpoint.settings == settings
+        for checkpoint, settings in zip(last, wanted, strict=True)
+    )
+
+
+def check_fits(checkpoint: Checkpoint, settings: dict[str, Any], world: int) -> None:
+    """Raise TrainingStopped unless going on from `checkpoint` gives what an uninterrupted run would have given."""
+    differing = differing_keys(checkpoint.settings, settings)
+    if differing:
+        raise TrainingStopped(
+            f"{checkpoint.path} was made with other settings ({'; '.join(differing[:6])}): restore them, "
+            f"choose another output, or remove {checkpoint.path.parent}"
+        )
+    if not checkpoint.final and checkpoint.world != world:
+        raise TrainingStopped(
+            f"{checkpoint.path} was written by {checkpoint.world} ranks and there are {world} now, which is not "
+            f"supported yet: start {checkpoint.world} ranks"
+        )
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run left behind: unfinished checkpoints, and half-removed old ones."""
+    with storage_errors("remove", folder):
+        for path in folder.glob(f"step_*{UNFINISHED}"):
+            shutil.rmtree(path)
+
+
+def unfinished_name(step: int) -> str:
+    """The folder that a checkpoint is written to."""
+    return f"step_{step}{UNFINISHED}"
+
+
+def commit(
+    folder: Path, step: int, *, final: bool, world: int, settings: dict[str, Any], config: TrainConfig, keep_last: int
+) -> Path:
+    """Make the unfinished checkpoint of `step` complete, and remove all but the newest `keep_last`. Rank 0 only.
+
+    The marker and the files beside it are on disk before the name says so.
+    """
+    unfinished, path = folder / unfinished_name(step), folder / f"step_{step}"
+    marker = {
+        "step": step,
+        "final": final,
+        "world_size": world,
+        "settings": settings,
+        "config": config.model_dump(mode="json"),
+        "versions": _versions(["asvr", "deepspeed", "numpy", "torch", "transformers"]),
+    }
+    with storage_errors("write", unfinished):
+        for written in unfinished.rglob("*"):
+            _flush(written)
+        write_atomically(unfinished / MARKER, json.dumps(marker, indent=1).encode())
+        if path.exists():  # without a marker, or the run would have gone on from it
+            shutil.rmtree(path)
+        unfinished.rename(path)
+        _flush(folder)
+    with storage_errors("remove", folder):
+        for old in complete(folder)[:-keep_last]:
+            # First the name, so that a kill in between leaves nothing that looks complete.
+            doomed = old.path.with_name(old.path.name + UNFINISHED)
+            old.path.rename(doomed)
+            shutil.rmtree(doomed)
+    log.info("checkpoint %s", path)
+    return path
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
