@@ -136,6 +136,8 @@ class Recipe:
             self.refuse(at, "a path cannot be empty or hold a NUL character")
         if text.startswith("file:///"):
             text = unquote(text.removeprefix("file://"))
+        if location is Location.HUB and text.startswith("hf://"):
+            return text
         if "://" in text:
             self.refuse(at, f"{_short(text)} is not on a local disk, which is all that is supported so far")
         path = self._absolute(text)

@@ -1,0 +1,109 @@
+"""Inventories: each distinct image once, with its identity; what is wrong is counted and never dropped."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import zstandard
+from made_jobs import make_pictures, picture
+
+from manifests.errors import InputError
+from tokenize_stage.config import FolderSource, LlavaSource
+from tokenize_stage.sources import Inventory, take_inventory
+
+
+def ids(inventory: Inventory) -> list[str]:
+    return inventory.table["image_id"].to_pylist()
+
+
+def llava(path: Path, root: Path) -> Inventory:
+    return take_inventory(LlavaSource(path=path, image_root=root))
+
+
+def turns() -> list[dict[str, str]]:
+    return [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+
+
+def test_a_folder_is_listed_by_path(tmp_path: Path) -> None:
+    root = make_pictures(tmp_path / "p", 4)
+    (root / "notes.txt").write_text("no picture")
+    (root / ".hidden.png").write_bytes(picture(1))
+    (root / "UPPER.JPEG").write_bytes(picture(2, ".jpg"))
+    inventory = take_inventory(FolderSource(path=root))
+    assert ids(inventory) == ["000001.jpg", "000002.png", "UPPER.JPEG", "more/000000.png", "more/000003.jpg"]
+    stat = (root / "000001.jpg").stat()
+    assert inventory.table.slice(0, 1).to_pylist() == [
+        {"image_id": "000001.jpg", "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "source_row": 0}
+    ]
+    assert inventory.errors == []
+
+
+def test_a_linked_folder_is_named_and_not_followed(tmp_path: Path) -> None:
+    root, elsewhere = make_pictures(tmp_path / "p", 1), make_pictures(tmp_path / "q", 2)
+    (root / "link").symlink_to(elsewhere)
+    inventory = take_inventory(FolderSource(path=root))
+    assert inventory.images == 1
+    assert "link" in inventory.errors[0].message
+
+
+def test_a_name_that_is_not_text_is_named(tmp_path: Path) -> None:
+    root = make_pictures(tmp_path / "p", 1)
+    Path(os.fsdecode(os.fsencode(root) + b"/\xff.png")).write_bytes(picture(3))
+    inventory = take_inventory(FolderSource(path=root))
+    assert inventory.images == 1
+    assert "UTF-8" in inventory.errors[0].message
+
+
+def test_an_absent_or_empty_folder_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        take_inventory(FolderSource(path=tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="no picture"):
+        take_inventory(FolderSource(path=tmp_path))
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "jsonl.zst"])
+def test_llava_images_come_once_in_order_of_first_appearance(tmp_path: Path, form: str) -> None:
+    root = make_pictures(tmp_path / "p", 4)
+    records = [
+        {"id": "0", "image": "more/000003.jpg", "conversations": turns()},
+        {"id": "1", "conversations": turns()},
+        {"id": "2", "image": ["000001.jpg", "./more//000003.jpg"], "conversations": turns()},
+        {"id": "3", "image": "000001.jpg", "conversations": turns()},
+    ]
+    text = json.dumps(records) if form == "json" else "".join(json.dumps(record) + "\n" for record in records)
+    data = text.encode()
+    path = tmp_path / f"data.{form}"
+    path.write_bytes(zstandard.compress(data) if form.endswith("zst") else data)
+    inventory = llava(path, root)
+    assert ids(inventory) == ["more/000003.jpg", "000001.jpg"]
+    assert inventory.table["source_row"].to_pylist() == [0, 2]
+
+
+def test_bad_records_are_errors_and_bad_references_stay_inputs(tmp_path: Path) -> None:
+    root = make_pictures(tmp_path / "p", 2)
+    records = [
+        {"id": "0", "image": "more/000000.png", "conversations": turns()},
+        {"id": "1", "image": 7, "conversations": turns()},
+        {"id": "2", "image": "../secret.png", "conversations": turns()},
+        {"id": "3", "image": "/etc/hostname", "conversations": turns()},
+        {"id": "4", "image": "absent.png", "conversations": turns()},
+        "not a record",
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    inventory = llava(path, root)
+    assert ids(inventory) == ["more/000000.png", "../secret.png", "/etc/hostname", "absent.png"]
+    assert [error.row for error in inventory.errors] == [1, 5]
+    assert inventory.table["size"].to_pylist()[3] == -1
+
+
+def test_a_file_without_images_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"id": "1", "conversations": turns()}) + "\n{broken\n")
+    with pytest.raises(InputError, match=r"no record of .* has an image"):
+        llava(path, tmp_path)
+    with pytest.raises(InputError):
+        llava(tmp_path / "absent.json", tmp_path)

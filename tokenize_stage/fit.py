@@ -1,0 +1,227 @@
+"""`asvr fit-codebook`: images of a source become views, features, a bounded sample of them, and residual codebooks.
+
+Memory: the sample (2 GiB at most: 1.4 million positions 384 wide, 466,000 at 1,152), the encoder, and a few
+batches. Of a longer stream a uniform sample of its positions is kept, see `Reservoir`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from manifests.decode import decode
+from manifests.errors import InputError
+from manifests.geometry import content_mask, make_views
+from manifests.refs import read_image
+from manifests.rejects import Reject
+from tokenize_stage.codebook_folder import (
+    CodebookDescription,
+    EncoderRecord,
+    FitReport,
+    encoder_reference,
+    write_codebooks,
+    write_description,
+)
+from tokenize_stage.encoder_files import encoder_sha256, locate_encoder, normalisation
+from tokenize_stage.reservoir import Reservoir
+from tokenize_stage.retry import with_retries
+from tokenize_stage.sources import Inventory, take_inventory
+from tokenize_stage.worker import MOST_DECODE_THREADS, usable_cores
+
+if TYPE_CHECKING:
+    from tokenize_stage.config import CodebookConfig
+    from tokenize_stage.encoder import VisionEncoder
+
+SAMPLE_BYTES = 2 << 30
+"""Size of the feature sample a fit keeps in memory."""
+
+_log = logging.getLogger(__name__)
+
+
+class FitProgress(Protocol):
+    """Called as the fit goes on: `phase` is `features` (in images), then `depth 1/D` .. `depth D/D` (in steps)."""
+
+    def __call__(self, phase: str, done: int, total: int) -> None: ...
+
+
+class ViewBatch(NamedTuple):
+    """Views to learn from; `images` and `rejected` count what became of the images behind the batch."""
+
+    views_BSSC: npt.NDArray[np.uint8]
+    content_BP: npt.NDArray[np.bool_]
+    """False for padding cells: their features would take codes that no loss ever looks at."""
+    images: int
+    rejected: int
+
+
+@dataclass
+class FeatureSample:
+    """The features a codebook is fitted to, float32 (N, n), and the counts for the report."""
+
+    features_Nn: npt.NDArray[np.float32]
+    images: int
+    rejected: int
+    positions: int
+
+
+def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) -> FitReport:
+    """Fit the codebooks of `config` and write its output folder; `codebook.json` comes last.
+
+    Raises `InputError` for an unusable source, encoder or sample, `StorageError` when a disk refuses.
+    """
+    from tokenize_stage.encoder import VisionEncoder
+    from tokenize_stage.kmeans import fit_residual
+
+    began = time.monotonic()
+    report_progress = progress or _no_progress
+    files = locate_encoder(config.encoder.path)
+    sha256 = encoder_sha256(files.folder)
+    pixels = normalisation(files.folder)
+    inventory = take_inventory(config.source)
+    encoder = VisionEncoder(
+        files.folder,
+        layer=config.encoder.layer,
+        view_size=config.geometry.size,
+        normalisation=pixels,
+        dtype=config.encoder.dtype,
+        device=config.device,
+    )
+    ids = sample_images(inventory, config.images, config.seed)
+    _log.info(
+        "fitting %d codebooks of %d vectors, %d wide, to the features of %d images, %d positions each, on %s",
+        config.depth, config.size, encoder.width, len(ids), encoder.positions, encoder.device,
+    )  # fmt: skip
+    with closing(read_views(config, inventory.root, ids, encoder.grid)) as batches:
+        sample = collect_features(
+            encoder, batches, seed=config.seed, on_images=lambda done: report_progress("features", done, len(ids))
+        )
+    if not sample.images:
+        raise InputError(f"none of the {len(ids)} images sampled from {inventory.source.location} could be decoded")
+    codebooks, depths = fit_residual(
+        sample.features_Nn,
+        depth=config.depth,
+        size=config.size,
+        iterations=config.iterations,
+        minibatch=config.minibatch,
+        seed=config.seed,
+        device=encoder.device,
+        on_step=lambda depth, step: report_progress(f"depth {depth + 1}/{config.depth}", step, config.iterations),
+    )
+    report = FitReport(
+        images=sample.images,
+        rejected=sample.rejected,
+        positions=sample.positions,
+        sampled=len(sample.features_Nn),
+        seconds=round(time.monotonic() - began, 3),
+        depths=tuple(depths),
+    )
+    output = config.output
+    description = CodebookDescription(
+        encoder=EncoderRecord(
+            path=config.encoder.path if files.revision else encoder_reference(output, files.folder),
+            revision=files.revision,
+            layer=encoder.layer,
+            sha256=sha256,
+        ),
+        image_mean=pixels.mean,
+        image_std=pixels.std,
+        view_size=config.geometry.size,
+        grid=encoder.grid,
+        codebook_sizes=(config.size,) * config.depth,
+        code_dim=encoder.width,
+        codebook_sha256=write_codebooks(output, codebooks),
+        geometry=config.geometry,
+        dtype=config.encoder.dtype,
+        seed=config.seed,
+        report=report,
+    )
+    write_description(output, description)
+    return report
+
+
+def sample_images(inventory: Inventory, count: int, seed: int) -> list[str]:
+    """`count` image ids (all of them if there are fewer), drawn by `seed`, in source order."""
+    ids: list[str] = inventory.table["image_id"].to_pylist()
+    if count >= len(ids):
+        return ids
+    return [ids[i] for i in np.sort(np.random.default_rng(seed).choice(len(ids), count, replace=False))]
+
+
+def collect_features(
+    encoder: VisionEncoder,
+    batches: Iterable[ViewBatch],
+    *,
+    seed: int,
+    sample_bytes: int = SAMPLE_BYTES,
+    on_images: Callable[[int], None] | None = None,
+) -> FeatureSample:
+    """Encode batches and keep a uniform sample, of at most `sample_bytes`, of the positions with content."""
+    import torch
+
+    reservoir = Reservoir(max(1, sample_bytes // (4 * encoder.width)), encoder.width, seed)
+    images = rejected = 0
+    for batch in batches:
+        if len(batch.views_BSSC):
+            features_BPn = encoder.features(torch.from_numpy(batch.views_BSSC)).cpu().numpy()
+            reservoir.add(features_BPn[batch.content_BP])
+        images += batch.images
+        rejected += batch.rejected
+        if on_images:
+            on_images(images + rejected)
+    return FeatureSample(reservoir.sample(), images, rejected, reservoir.seen)
+
+
+def read_views(config: CodebookConfig, root: Path, ids: list[str], grid: tuple[int, int]) -> Generator[ViewBatch]:
+    """Batches of `config.batch_size` images in order, decoded in threads two batches ahead of the caller."""
+    threads = config.decode_threads or min(MOST_DECODE_THREADS, usable_cores())
+    chunks = [ids[start : start + config.batch_size] for start in range(0, len(ids), config.batch_size)]
+    ahead: deque[list[Future[_Seen | Reject]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        try:
+            for number, chunk in enumerate([*chunks, [], []]):
+                ahead.append([pool.submit(_see, config, root, image_id, grid) for image_id in chunk])
+                if number >= 2:
+                    yield _batch([future.result() for future in ahead.popleft()], config, grid)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _no_progress(phase: str, done: int, total: int) -> None:  # noqa: ARG001 - the shape of FitProgress
+    return
+
+
+class _Seen(NamedTuple):
+    views_VSSC: npt.NDArray[np.uint8]
+    content_VP: npt.NDArray[np.bool_]
+
+
+def _see(config: CodebookConfig, root: Path, image_id: str, grid: tuple[int, int]) -> _Seen | Reject:
+    try:
+        data = with_retries(lambda: read_image(root, image_id), f"reading image {image_id} below {root}")
+        image = decode(data, max_pixels=config.max_pixels)
+        views, boxes = make_views(image, config.geometry)
+    except Reject as reject:
+        return reject
+    height, width = image.shape[:2]
+    return _Seen(views, content_mask(boxes, grid, width, height).reshape(len(views), -1))
+
+
+def _batch(results: list[_Seen | Reject], config: CodebookConfig, grid: tuple[int, int]) -> ViewBatch:
+    seen = [result for result in results if isinstance(result, _Seen)]
+    size, positions = config.geometry.size, grid[0] * grid[1]
+    return ViewBatch(
+        np.concatenate([np.empty((0, size, size, 3), np.uint8), *(one.views_VSSC for one in seen)]),
+        np.concatenate([np.empty((0, positions), np.bool_), *(one.content_VP for one in seen)]),
+        images=len(seen),
+        rejected=len(results) - len(seen),
+    )
