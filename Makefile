@@ -30,7 +30,7 @@ test: lint
 	pytest $(TESTS)
 
 soak: setup
-	pytest tests/faults --kills 50
+	ASVR_SOAK_KILLS=50 pytest tests/faults --timeout 7200
 
 constraints: setup
 	@(echo "# One tested working set, Python 3.11, CPU build of torch. Regenerate: make constraints"; \

@@ -85,18 +85,20 @@ def tensors_at(container: Any, path: Sequence[str], *, where: str) -> State:
 
 def read_safetensors(folder: Path) -> State:
     """The tensors of a model folder: `model.safetensors`, or the files that its index names."""
+    return read_tensor_files([folder / name for name in weight_files(folder) if name.endswith(".safetensors")])
+
+
+def read_tensor_files(files: Sequence[Path]) -> State:
+    """The tensors of safetensors files, mapped into memory; `InputError` if one is damaged or two hold the same."""
     state: State = {}
-    for name in weight_files(folder):
-        if not name.endswith(".safetensors"):
-            continue
-        file = folder / name
+    for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 part = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise InputError(f"{file} is cut off or not a safetensors file: download it again") from error
         if twice := sorted(part.keys() & state.keys()):
-            raise InputError(f"{folder} holds {len(twice)} tensors twice ({shown(twice)}): download it again")
+            raise InputError(f"{file.parent} holds {len(twice)} tensors twice ({shown(twice)}): download it again")
         state |= part
     return state
 
@@ -115,7 +117,10 @@ def take(
     tensor that is missing, of another shape, unknown, not floating point, or not finite.
     """
     check_shapes(state, needed, ignorable, where=where)
-    taken = {key: state[key].detach().to(torch.float32).contiguous() for key in needed}
+    # Copies: a mapped tensor would end the process if somebody shortened the file while it is in use.
+    taken = {
+        key: state[key].detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format) for key in needed
+    }
     bad = [key for key, tensor in taken.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise InputError(f"{where} holds NaN or infinity in {len(bad)} tensors ({shown(bad)}): download it again")

@@ -167,7 +167,10 @@ class UniTokTokenizer(TokenizerModel):
 
 
 class QlipTokenizer(TokenizerModel):
-    """A QLIP model: the bits of its binary spherical quantiser, grouped into codes."""
+    """A QLIP model: the bits of its binary spherical quantiser, grouped into codes.
+
+    The published weights are for non-commercial use only.
+    """
 
     kind: Literal["qlip"] = "qlip"
     path: HubOrPath = Field(description="folder of the model: config.json and safetensors weights")

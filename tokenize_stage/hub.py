@@ -1,7 +1,7 @@
 """Files that a recipe names by path or by hub id, found on this machine or fetched. Imports no torch.
 
 `owner/name` is the newest revision of a hub model, `hf://owner/name@COMMIT` a pinned one, and
-`hf://owner/name[@COMMIT]/FILE` one of its files. A pinned revision that was fetched once needs no network.
+`hf://owner/name[@COMMIT]/FILE` one of its files or folders. A pinned revision that was fetched once needs no network.
 """
 
 from __future__ import annotations
@@ -62,14 +62,21 @@ def locate_file(reference: str, *, name: str | None = None) -> Located:
 
 
 def locate_folder(reference: str, patterns: Sequence[str]) -> Located:
-    """The folder that `reference` names; of a hub model only the files that match `patterns`."""
+    """The folder that `reference` names; of a hub model, or of a folder in it, only the files that match `patterns`.
+
+    `hf://owner/name[@COMMIT]/FOLDER` is a folder in a hub model.
+    """
     path = Path(reference)
     if path.is_dir():
         return Located(path, None)
     hub = parse_reference(reference)
-    if hub is None or hub.file is not None:
+    if hub is None:
         raise InputError(f"there is no folder {reference}: check the path, or give a hub id such as owner/name")
-    return _fetch(hub, lambda local: _folder(hub, patterns, local))
+    below = f"{hub.file.rstrip('/')}/" if hub.file else ""
+    found = _fetch(hub, lambda local: _folder(hub, [below + pattern for pattern in patterns], local))
+    if not (found.path / below).is_dir():
+        raise InputError(f"there is no folder {reference}, or nothing of use in it: check the name")
+    return Located(found.path / below, found.revision)
 
 
 def parse_reference(reference: str) -> HubReference | None:

@@ -16,6 +16,9 @@ MEAN = STD = (0.5, 0.5, 0.5)
 _KINDS = ("siglip", "siglip_vision_model")
 _DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "image_size": 224, "patch_size": 16}
 """transformers' own, which files leave out."""
+_OTHER_COUNTS = {"intermediate_size": 3072, "num_attention_heads": 12, "num_channels": 3}
+_MOST_LAYERS = 1000
+"""A file that asks for more is not believed: building them would take for ever."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ def read_siglip_config(file: Path) -> SiglipConfig:
     if kind not in _KINDS:
         raise InputError(f"{file} is the configuration of a {kind} model: give encoder_config of the SigLIP it uses")
     width, layers, image_size, patch_size = (vision.count(key, default) for key, default in _DEFAULTS.items())
+    _, heads, channels = (vision.count(key, default) for key, default in _OTHER_COUNTS.items())
+    if layers > _MOST_LAYERS:
+        raise vision.wrong("num_hidden_layers", f"a number of layers up to {_MOST_LAYERS}")
+    if width % heads:
+        raise vision.wrong("num_attention_heads", f"a divisor of the width {width}")
+    if channels != 3:
+        raise vision.wrong("num_channels", "3, for red, green and blue")
     if image_size < patch_size:
         raise InputError(f"{file} has patches of {patch_size} pixels in images of {image_size}: check encoder_config")
     return SiglipConfig(width, layers, image_size, patch_size, dict(vision.values), str(file))

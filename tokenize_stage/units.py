@@ -117,7 +117,7 @@ def unchanged_rows(members: pa.Table, previous: pa.Table) -> npt.NDArray[np.bool
 def _positions(wanted: pa.ChunkedArray, among: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     """For each of `wanted` its place in `among`, or -1."""
     found = pc.index_in(wanted, value_set=among)
-    return np.asarray(found.fill_null(-1).to_numpy(), dtype=np.int64)
+    return _numbers(found.fill_null(-1) if found.null_count else found).astype(np.int64)
 
 
 def _same_file(left: pa.Table, right: pa.Table, at: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -126,8 +126,13 @@ def _same_file(left: pa.Table, right: pa.Table, at: npt.NDArray[np.int64]) -> np
         return np.zeros(left.num_rows, bool)
     same = np.ones(left.num_rows, bool)
     for column in ("size", "mtime_ns"):
-        same &= left[column].to_numpy() == right[column].to_numpy()[at]
+        same &= _numbers(left[column]) == _numbers(right[column])[at]
     return same
+
+
+def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """A column without nulls. Arrow's own `to_numpy` imports pandas, a quarter of the time of a run with no work."""
+    return np.from_dlpack(column.combine_chunks())
 
 
 def _free_names(taken: set[str]) -> Iterator[str]:

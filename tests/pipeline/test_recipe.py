@@ -275,3 +275,20 @@ def test_shipped_recipes_are_valid(recipe: Path) -> None:
     assert loaded.token_sets()
     assert loaded.codebooks()
     assert loaded.train().phases
+
+
+def test_a_tokenizer_s_files_are_paths_or_hub_references(file: Path) -> None:
+    (file.parent / "tok").mkdir()
+    (file.parent / "tok" / "tok.pt").touch()
+    keys = (
+        "{kind: dualtoken, config: hf://org/name@abc/config.json, checkpoint: tok/tok.pt, encoder_config: org/siglip}"
+    )
+    tokenizer = load_recipe(file, [f"tokenize.vqa.tokenizer={keys}"]).token_sets()["vqa"].tokenizer
+    assert tokenizer.model_dump() == {
+        "kind": "dualtoken",
+        "config": "hf://org/name@abc/config.json",
+        "checkpoint": str(file.parent / "tok" / "tok.pt"),
+        "encoder_config": "org/siglip",
+        "branch": "semantic",
+    }
+    assert "'fitted', 'dualtoken'" in refusal(file, "tokenize.vqa.tokenizer.kind=clip")

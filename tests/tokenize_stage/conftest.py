@@ -9,6 +9,13 @@ import pytest
 from made_jobs import make_pictures, make_tokenizer
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a test remembers of files is its own."""
+    monkeypatch.setenv("ASVR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def codebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A codebook folder with a random codebook on a random two-layer Dinov2."""

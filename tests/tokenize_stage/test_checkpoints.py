@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -89,15 +90,13 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, what: str) -> None:
     one_sentence(error)
 
 
-def test_every_damaged_byte_is_one_sentence_or_harmless(tmp_path: Path) -> None:
+def test_a_damaged_byte_is_an_input_error_or_harmless(tmp_path: Path) -> None:
     good = saved(tmp_path / "good.pt", {"state_dict": {"a": torch.arange(8.0)}}).read_bytes()
     for position in range(0, len(good), 7):
         file = tmp_path / "bad.pt"
         file.write_bytes(good[:position] + bytes([good[position] ^ 0xFF]) + good[position + 1 :])
-        try:
+        with contextlib.suppress(InputError):  # any other error is a failure
             tensors_at(read_pickle(file), ["state_dict"], where=WHERE)
-        except InputError as error:
-            assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_reference_that_names_no_file_is_refused(
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    for reference in (str(tmp_path / "absent"), "hf://owner/name/file.pt"):
+    for reference in (str(tmp_path / "absent"), "hf://owner/../name"):
         with pytest.raises(InputError, match="there is no folder"):
             locate_folder(reference, ["*"])
 

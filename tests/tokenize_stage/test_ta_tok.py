@@ -302,6 +302,22 @@ def test_an_encoder_of_another_shape_is_one_sentence(tmp_path: Path, change: dic
     one_sentence(caught.value, says, str(FILE))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"num_hidden_layers": 10**9}, {"num_attention_heads": -1}, {"num_attention_heads": 5}, {"num_channels": 1},
+     {"intermediate_size": 0}, {"hidden_act": "no such thing"}],
+)  # fmt: skip
+def test_an_encoder_configuration_that_makes_no_sense_is_one_sentence(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    config = json.loads(ENCODER.read_text())
+    config["vision_config"].update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        load_from(configured(encoder_config=str(tmp_path)))
+    one_sentence(caught.value, str(tmp_path))
+
+
 @pytest.mark.parametrize("size", [0, 1000, 700_000])
 def test_a_truncated_file_is_one_sentence(tmp_path: Path, size: int) -> None:
     file = tmp_path / "ta_tok.pth"

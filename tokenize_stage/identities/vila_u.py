@@ -24,6 +24,9 @@ from tokenize_stage.siglip_config import MEAN, STD, SiglipConfig, locate_siglip_
 LAYERS_LEFT_OUT = 1
 """The quantiser takes `hidden_states[-2]`: the output of the last layer but one."""
 
+MOST_DEPTHS = 64
+"""A configuration that asks for more is not believed."""
+
 
 @dataclass(frozen=True)
 class VilaUFiles:
@@ -95,6 +98,8 @@ def locate(tokenizer: VilaUTokenizer) -> VilaUFiles:
     encoder = locate_siglip_config(tokenizer.encoder_config, quantiser.values.get("pretrained_model"), config)
     siglip = read_siglip_config(encoder.path)
     *grid, depth = quantiser.counts("code_shape", 3)
+    if depth > MOST_DEPTHS:
+        raise quantiser.wrong("code_shape", f"rows, columns and up to {MOST_DEPTHS} depths")
     _agree(quantiser, "code_shape", tuple(grid), siglip.grid, encoder.path)
     _agree(quantiser, "embed_dim", quantiser.count("embed_dim"), siglip.width, encoder.path)
     shared = quantiser.flag("shared_codebook")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from manifests.records import BadRecord
@@ -47,9 +48,21 @@ class Inventory:
 
 def build_table(rows: Iterable[tuple[str, int, int, int]]) -> pa.Table:
     """A table of `INVENTORY_SCHEMA` from (image_id, size, mtime_ns, source_row) tuples."""
-    columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, INVENTORY_SCHEMA, strict=True)]
+    names, *numbers = list(zip(*rows, strict=True)) or [(), (), (), ()]
+    arrays = [_strings(names), *(_int64s(column) for column in numbers)]
     return pa.Table.from_arrays(arrays, schema=INVENTORY_SCHEMA)
+
+
+def _strings(values: Sequence[str]) -> pa.Array:
+    """Made from buffers: `pa.array` would import pandas where it is installed, a quarter of the time of a run with no work."""
+    encoded = [value.encode("utf-8") for value in values]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.large_string(), len(encoded), buffers).cast(pa.string())
+
+
+def _int64s(values: Sequence[int]) -> pa.Array:
+    return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.array(values, dtype=np.int64))])
 
 
 def identity_of(path: str) -> tuple[int, int]:
