@@ -23,7 +23,7 @@ class RejectReason(StrEnum):
     UNSUPPORTED = "unsupported"
 
 
-class Reject(Exception):  # noqa: N818 - an outcome, not an error
+class Reject(Exception):  # an outcome, not an error
     """One image that cannot be used: a reason class and one sentence for people.
 
     It pickles, so that it crosses a process border, and compares by value.

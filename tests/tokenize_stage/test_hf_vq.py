@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -235,3 +236,19 @@ def test_a_rerun_imports_no_torch(folders: Folders) -> None:
         [sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.splitlines() == ["(6, 6)", "[]"]
+
+
+def test_a_folder_of_a_pinned_hub_model_needs_no_network_and_no_other_weights(folders: Folders, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / commit
+    folder = tiny.save(folders("glm_image", True)[1], snapshot / "encoder", max_shard_size="8KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    own = {file for key, file in index.items() if ".vqmodel." in key or ".visual." in key}
+    for file in set(index.values()) - own:
+        (folder / file).unlink()
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, f"hf://owner/name@{commit}/encoder"],
+        capture_output=True, text=True, check=True, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[0] == "(6, 6)"

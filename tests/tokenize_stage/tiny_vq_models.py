@@ -65,7 +65,9 @@ def build_whole(family: str, **vision: Any) -> Any:
         config = transformers.ChameleonConfig(**parts, **_TEXT, vocabulary_map={"<image>": 1, "IMGIMGAZ": 2})
         return _spread(transformers.ChameleonForConditionalGeneration(config))
     if family == "emu3":
-        config = transformers.Emu3Config(**parts, text_config={**_TEXT, "pad_token_id": 0}, vocabulary_map={"<image>": 1})
+        config = transformers.Emu3Config(
+            **parts, text_config={**_TEXT, "pad_token_id": 0}, vocabulary_map={"<image>": 1}
+        )
         return _spread(transformers.Emu3ForConditionalGeneration(config))
     if family == "janus":
         config = transformers.JanusConfig(**parts, text_config={**_TEXT, "model_type": "llama"})
