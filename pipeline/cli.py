@@ -124,6 +124,18 @@ def verify(
         raise typer.Exit(8)
 
 
+@app.command()
+def tokenizers(as_json: AsJson = False) -> None:
+    """List the tokenizers there are, with shape, origin and licence.
+
+    The kind is what a recipe's `tokenizer: {kind: ...}` says. Figures are those of the published weights; "-" is what
+    the recipe or the files decide.
+    """
+    from pipeline.tokenizer_table import show_tokenizers
+
+    show_tokenizers(as_json=as_json)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def demo(context: typer.Context) -> None:
     """Run everything on real data, on this CPU."""

@@ -33,7 +33,9 @@ class DepthReport(Frozen):
     used: int = Field(ge=0, description="codes that occur at least once")
     perplexity: float = Field(ge=0, description="exp of the entropy of the code distribution, at most K")
     relative_error: FiniteFloat = Field(
-        ge=0, description="sum |x - reconstruction|^2 / sum |x - mean|^2 with the codes of this and earlier depths"
+        ge=0,
+        description="sum |x - reconstruction|^2 / sum |x - mean|^2 with the codes of this and earlier depths; in a "
+        "product the chunks of later depths stand at their mean",
     )
 
 
@@ -63,18 +65,27 @@ class CodebookDescription(Frozen):
     format: Literal["asvr-codebook"] = "asvr-codebook"
     schema_version: Literal[1] = 1
     kind: Literal["fitted"] = "fitted"
+    method: Literal["residual", "product"] = Field(
+        default="residual", description="depths quantise what is left over, or each its own chunk of the feature"
+    )
     encoder: EncoderRecord
     image_mean: tuple[Channel, Channel, Channel]
     image_std: tuple[Scale, Scale, Scale]
     view_size: PositiveInt
     grid: tuple[PositiveInt, PositiveInt] = Field(description="(rows, columns) of positions in a view")
     codebook_sizes: tuple[PositiveInt, ...] = Field(min_length=1, description="K of each depth")
-    code_dim: PositiveInt
+    code_dim: PositiveInt = Field(description="width of a codebook vector: of a feature, or of its chunk")
     codebook_sha256: Sha256
+    started_from: Sha256 | None = Field(default=None, description="codebook_sha256 of the one the fit went on from")
     geometry: Geometry = Field(description="of the views it was fitted on")
     dtype: Literal["float32", "bfloat16"] = Field(description="arithmetic of the encoder during the fit")
     seed: NonNegativeInt
     report: FitReport
+
+    @property
+    def width(self) -> int:
+        """Of the features that are quantised."""
+        return self.code_dim * (len(self.codebook_sizes) if self.method == "product" else 1)
 
 
 def read_description(folder: Path) -> CodebookDescription:

@@ -94,7 +94,7 @@ class TokenizerModel(StageModel):
 
 
 class FittedTokenizer(TokenizerModel):
-    """A Hugging Face vision encoder and the residual codebooks that `asvr fit-codebook` learnt on it."""
+    """A Hugging Face vision encoder and the codebooks that `asvr fit-codebook` learnt on it."""
 
     kind: Literal["fitted"] = "fitted"
     path: Path = Field(description="folder that `asvr fit-codebook` wrote")
@@ -252,18 +252,26 @@ class EncoderConfig(StageModel):
 
 
 class CodebookConfig(StageModel):
-    """One `asvr fit-codebook` run: residual codebooks learnt from the features of a sample of images."""
+    """One `asvr fit-codebook` run: codebooks learnt from the features of a sample of images."""
 
     source: SourceConfig
-    geometry: Geometry
+    geometry: GeometryConfig
     encoder: EncoderConfig
     output: Path
-    depth: PositiveInt = Field(default=8, description="residual levels D")
+    method: Literal["residual", "product"] = Field(
+        default="residual",
+        description="`residual`: each codebook quantises what those before it left over; `product`: a feature is cut "
+        "into `depth` chunks of equal width, each with a codebook of its own",
+    )
+    depth: PositiveInt = Field(default=8, description="codebooks D: residual levels, or chunks of a feature")
     size: int = Field(default=4096, ge=2, le=1 << 24, description="vectors K in the codebook of each depth")
     images: PositiveInt = Field(default=20_000, description="images sampled from the source; all of them if fewer")
     iterations: PositiveInt = Field(default=200, description="mini-batch k-means steps of each depth")
     minibatch: PositiveInt = Field(default=16_384, description="feature vectors in a k-means step")
     seed: NonNegativeInt = 0
+    start_from: Path | None = Field(
+        default=None, description="codebook folder to go on from, of the same method, depth, size and width"
+    )
     max_pixels: PositiveInt = DEFAULT_MAX_PIXELS
     device: Device = "auto"
     batch_size: PositiveInt = Field(default=64, description="views per encoder call")

@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from manifests.errors import InputError
-from tokenize_stage.search import SCORE_BYTES, require_full_float32
+from tokenize_stage.fast_pass import require_full_float32
+from tokenize_stage.search import SCORE_BYTES
 
 _MAX_WIDTH = 1 << 12
 _PAIR_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}

@@ -1,4 +1,4 @@
-"""`asvr fit-codebook`: images of a source become views, features, a bounded sample of them, and residual codebooks.
+"""`asvr fit-codebook`: images of a source become views, features, a bounded sample of them, and codebooks.
 
 Memory: the sample (2 GiB at most: 1.4 million positions 384 wide, 466,000 at 1,152), the encoder, and a few
 batches. Of a longer stream a uniform sample of its positions is kept, see `Reservoir`.
@@ -24,6 +24,7 @@ from manifests.errors import InputError
 from manifests.geometry import content_mask, make_views
 from manifests.refs import read_image
 from manifests.rejects import Reject
+from manifests.schema import Geometry
 from tokenize_stage.codebook_folder import (
     CodebookDescription,
     EncoderRecord,
@@ -36,6 +37,7 @@ from tokenize_stage.encoder_files import encoder_sha256, locate_encoder, normali
 from tokenize_stage.reservoir import Reservoir
 from tokenize_stage.retry import with_retries
 from tokenize_stage.sources import Inventory, take_inventory
+from tokenize_stage.warm_start import read_start
 from tokenize_stage.worker import MOST_DECODE_THREADS, usable_cores
 
 if TYPE_CHECKING:
@@ -80,13 +82,14 @@ def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) ->
     Raises `InputError` for an unusable source, encoder or sample, `StorageError` when a disk refuses.
     """
     from tokenize_stage.encoder import VisionEncoder
-    from tokenize_stage.kmeans import fit_residual
+    from tokenize_stage.kmeans import fit_product, fit_residual
 
     began = time.monotonic()
     report_progress = progress or _no_progress
     files = locate_encoder(config.encoder.path)
     sha256 = encoder_sha256(files.folder)
     pixels = normalisation(files.folder)
+    geometry = config.geometry.resolve(pixels.mean)
     inventory = take_inventory(config.source)
     encoder = VisionEncoder(
         files.folder,
@@ -96,18 +99,21 @@ def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) ->
         dtype=config.encoder.dtype,
         device=config.device,
     )
+    code_dim = chunk_width(config, encoder.width)
+    start = read_start(config.start_from, config, code_dim, sha256) if config.start_from else None
     ids = sample_images(inventory, config.images, config.seed)
     _log.info(
-        "fitting %d codebooks of %d vectors, %d wide, to the features of %d images, %d positions each, on %s",
-        config.depth, config.size, encoder.width, len(ids), encoder.positions, encoder.device,
+        "fitting %d %s codebooks of %d vectors, %d wide, to the features of %d images, %d positions each, on %s",
+        config.depth, config.method, config.size, code_dim, len(ids), encoder.positions, encoder.device,
     )  # fmt: skip
-    with closing(read_views(config, inventory.root, ids, encoder.grid)) as batches:
+    with closing(read_views(config, geometry, inventory.root, ids, encoder.grid)) as batches:
         sample = collect_features(
             encoder, batches, seed=config.seed, on_images=lambda done: report_progress("features", done, len(ids))
         )
     if not sample.images:
         raise InputError(f"none of the {len(ids)} images sampled from {inventory.source.location} could be decoded")
-    codebooks, depths = fit_residual(
+    learn = fit_product if config.method == "product" else fit_residual
+    codebooks, depths = learn(
         sample.features_Nn,
         depth=config.depth,
         size=config.size,
@@ -116,6 +122,7 @@ def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) ->
         seed=config.seed,
         device=encoder.device,
         on_step=lambda depth, step: report_progress(f"depth {depth + 1}/{config.depth}", step, config.iterations),
+        start=start.codebooks if start else None,
     )
     report = FitReport(
         images=sample.images,
@@ -127,6 +134,7 @@ def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) ->
     )
     output = config.output
     description = CodebookDescription(
+        method=config.method,
         encoder=EncoderRecord(
             path=config.encoder.path if files.revision else encoder_reference(output, files.folder),
             revision=files.revision,
@@ -138,15 +146,27 @@ def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) ->
         view_size=config.geometry.size,
         grid=encoder.grid,
         codebook_sizes=(config.size,) * config.depth,
-        code_dim=encoder.width,
+        code_dim=code_dim,
         codebook_sha256=write_codebooks(output, codebooks),
-        geometry=config.geometry,
+        started_from=start.sha256 if start else None,
+        geometry=geometry,
         dtype=config.encoder.dtype,
         seed=config.seed,
         report=report,
     )
     write_description(output, description)
     return report
+
+
+def chunk_width(config: CodebookConfig, width: int) -> int:
+    """Width of a codebook vector for features `width` wide. `InputError` if they are not cut into equal chunks."""
+    if config.method == "residual":
+        return width
+    if width % config.depth:
+        raise InputError(
+            f"features {width} wide are not cut into {config.depth} equal chunks: set depth to a divisor of {width}"
+        )
+    return width // config.depth
 
 
 def sample_images(inventory: Inventory, count: int, seed: int) -> list[str]:
@@ -181,7 +201,9 @@ def collect_features(
     return FeatureSample(reservoir.sample(), images, rejected, reservoir.seen)
 
 
-def read_views(config: CodebookConfig, root: Path, ids: list[str], grid: tuple[int, int]) -> Generator[ViewBatch]:
+def read_views(
+    config: CodebookConfig, geometry: Geometry, root: Path, ids: list[str], grid: tuple[int, int]
+) -> Generator[ViewBatch]:
     """Batches of `config.batch_size` images in order, decoded in threads two batches ahead of the caller."""
     threads = config.decode_threads or min(MOST_DECODE_THREADS, usable_cores())
     chunks = [ids[start : start + config.batch_size] for start in range(0, len(ids), config.batch_size)]
@@ -189,9 +211,11 @@ def read_views(config: CodebookConfig, root: Path, ids: list[str], grid: tuple[i
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             for number, chunk in enumerate([*chunks, [], []]):
-                ahead.append([pool.submit(_see, config, root, image_id, grid) for image_id in chunk])
+                ahead.append(
+                    [pool.submit(_see, config.max_pixels, geometry, root, image_id, grid) for image_id in chunk]
+                )
                 if number >= 2:
-                    yield _batch([future.result() for future in ahead.popleft()], config, grid)
+                    yield _batch([future.result() for future in ahead.popleft()], geometry.size, grid)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -205,20 +229,20 @@ class _Seen(NamedTuple):
     content_VP: npt.NDArray[np.bool_]
 
 
-def _see(config: CodebookConfig, root: Path, image_id: str, grid: tuple[int, int]) -> _Seen | Reject:
+def _see(max_pixels: int, geometry: Geometry, root: Path, image_id: str, grid: tuple[int, int]) -> _Seen | Reject:
     try:
         data = with_retries(lambda: read_image(root, image_id), f"reading image {image_id} below {root}")
-        image = decode(data, max_pixels=config.max_pixels)
-        views, boxes = make_views(image, config.geometry)
+        image = decode(data, max_pixels=max_pixels)
+        views, boxes = make_views(image, geometry)
     except Reject as reject:
         return reject
     height, width = image.shape[:2]
     return _Seen(views, content_mask(boxes, grid, width, height).reshape(len(views), -1))
 
 
-def _batch(results: list[_Seen | Reject], config: CodebookConfig, grid: tuple[int, int]) -> ViewBatch:
+def _batch(results: list[_Seen | Reject], size: int, grid: tuple[int, int]) -> ViewBatch:
     seen = [result for result in results if isinstance(result, _Seen)]
-    size, positions = config.geometry.size, grid[0] * grid[1]
+    positions = grid[0] * grid[1]
     return ViewBatch(
         np.concatenate([np.empty((0, size, size, 3), np.uint8), *(one.views_VSSC for one in seen)]),
         np.concatenate([np.empty((0, positions), np.bool_), *(one.content_VP for one in seen)]),

@@ -1,4 +1,4 @@
-"""Residual nearest-vector search that equals a float64 oracle at the speed of a float32 matrix product.
+"""Residual nearest-vector search that equals a float64 oracle at the speed of one low-precision matrix product.
 
 Shape legend: N features, n their width, D depths, K vectors of a codebook, M rows not settled by the fast pass.
 
@@ -7,41 +7,25 @@ argmin over k of `squared_distance(r, c_k)`, ties to the lower id, and the resid
 every step is a float64 operation that IEEE 754 rounds on its own, in an order fixed by n alone, so the
 oracle is one function on every device, batch shape and thread count.
 
-**The fast search** brackets every candidate's score by one float32 matrix product, keeps those whose
-bracket reaches the best one's, and decides among them with the oracle's own float64 arithmetic. The
-residual stays float64; only the product sees a float32 copy.
-
-**The bound.** Let mu be the codebook's mean and s a power of two with `s * max_k |c_k - mu| <= 1`; a = s(r - mu),
-b_k = s(c_k - mu), A = |a|, C_k = |b_k|, h_k = C_k^2 / 2. Then `S_k = h_k - a.b_k = (s^2 |r - c_k|^2 - A^2) / 2` orders
-the codes as the distance does, and centring keeps A and C_k small when the features share an offset.
-With u = 2^-24 and gamma_m = m u / (1 - m u): a float32 inner product of n + 1 terms plus one addend, in any
-order and with or without fused multiply-add, is off by at most gamma_{n+2} times the sum of the magnitudes of its terms
-(Higham, Accuracy and Stability of Numerical Algorithms, 3.1); rounding the two inputs and h to float32 adds 3, the
-float64 arithmetic that made them (errors below 2^-30 for n < 2^20) less than 1 more. Hence, by Cauchy-Schwarz,
-the computed score is within `eps1 (h_k + A C_k) + tau` of S_k, with eps1 = gamma_{n+8} and
-tau = (n + 8) 2^-126 (2 + A) for every underflow, flushed to zero or not. The product carries one extra column, A times
-eps C_k, and (1 - eps) h_k as its addend, so what it returns is already a lower bound; the terms then add up to
-(1 + eps) (h_k + A C_k) at most, and eps = eps1 / (1 - eps1) is what solves eps = eps1 (1 + eps):
-`lower_k <= S_k + tau` and `S_k <= lower_k + 2 eps (h_k + A C_k) + tau`.
-The oracle's own rounding can prefer k* to j only if `S_k* <= S_j + theta (A + C_j)^2`, theta = 2^-46. So with
-j = argmin lower, the oracle's choice is among `lower_k <= lower_j + 2 eps (h_j + A C_j) + 2 tau + theta (A + C_j)^2`.
-
-**What it assumes of the hardware**: each float32 multiplication and addition rounds with relative error at most 2^-24
-(true of IEEE float32 on CPUs and CUDA cores; TF32 and bfloat16 substitutes are refused, see `require_full_float32`),
-and no Strassen-like algorithm. A faster pass is another class with the two members of `FastPass` and its own bound.
+**The fast search** brackets every candidate's score by one matrix product, in float32 on a CPU (`fast_pass`) and in
+float16 on a GPU's tensor cores (`float16_pass`), keeps the candidates whose bracket reaches the best one's, and
+decides among them with the oracle's own float64 arithmetic. The residual stays float64; only the product sees a
+rounded copy. The bounds, and what they assume of the hardware, stand beside each pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from manifests.errors import EnvironmentProblem, InputError
+from manifests.errors import InputError
+from tokenize_stage.fast_pass import FastPass, Float32Pass
+from tokenize_stage.float16_pass import WIDEST, Float16Pass, sums_in_float32
 
 MAX_CANDIDATES = 32
 """A row with more candidates than this is decided against the whole codebook instead."""
@@ -51,83 +35,36 @@ SCORE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 
 _EXACT_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 _MAX_WIDTH = 1 << 20
-_LARGEST_NORM = 2.0**60
-_ORACLE_ROUNDING = 2.0**-46
-_FLOAT64_SAFETY = 1 + 2.0**-30
-
-
-class Bracket(NamedTuple):
-    """What a fast pass knows of the scores S_k of each row, in the scaled units of the module's docstring."""
-
-    lower_NK: torch.Tensor
-    """float32; S_k is at least this, less `slack`."""
-    norm_N: torch.Tensor
-    """float64 A."""
-    usable_N: torch.Tensor
-    """bool; False where the row is out of the pass's range and its bracket means nothing."""
-
-
-class FastPass(Protocol):
-    """A low-precision pass over one codebook, with a bound that holds for every row it calls usable."""
-
-    def bracket(self, residual_Nn: torch.Tensor, scratch: torch.Tensor) -> Bracket:
-        """Scores of float64 (N, n) residuals; `scratch` is float32, at least N x K, and holds `lower_NK` afterwards."""
-        ...
-
-    def reach(self, bracket: Bracket, best_N: torch.Tensor) -> torch.Tensor:
-        """float64 (N,): how far above `lower[best]` the lower bound of the oracle's choice can lie."""
-        ...
-
-
-class Float32Pass:
-    """The pass whose bound the module's docstring derives."""
-
-    def __init__(self, codebook_Kn: torch.Tensor) -> None:
-        """`codebook_Kn`: float64 (K, n)."""
-        width = codebook_Kn.shape[1]
-        eps1 = _gamma(width + 8)
-        self._eps = eps1 / (1 - eps1)
-        self._tau = (width + 8) * 2.0**-126
-        self._mean_n = codebook_Kn.mean(0)
-        centred = codebook_Kn - self._mean_n
-        largest = float(_norms(centred).max())
-        # frexp gives largest < 2^exponent; dividing by a power of two is exact.
-        self._scale = 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
-        centred = centred * self._scale
-        self._norm_K = _norms(centred)
-        self._half_K = self._norm_K.square() / 2
-        self._vectors_mK = torch.cat([centred, (self._eps * self._norm_K)[:, None]], 1).float().T
-        self._addend_K = ((1 - self._eps) * self._half_K).float()
-
-    def bracket(self, residual_Nn: torch.Tensor, scratch: torch.Tensor) -> Bracket:
-        """Lower bounds of every score: one float32 product of (N, n + 1) and (n + 1, K)."""
-        a_Nn = (residual_Nn - self._mean_n).mul_(self._scale)
-        norm_N = _norms(a_Nn)
-        usable_N = norm_N <= _LARGEST_NORM
-        rows_Nm = torch.cat([a_Nn, norm_N[:, None]], 1).masked_fill_(~usable_N[:, None], 0.0).float()
-        lower_NK = scratch[: rows_Nm.shape[0] * self._addend_K.shape[0]].view(rows_Nm.shape[0], -1)
-        torch.addmm(self._addend_K, rows_Nm, self._vectors_mK, alpha=-1, out=lower_NK)
-        return Bracket(lower_NK, norm_N, usable_N)
-
-    def reach(self, bracket: Bracket, best_N: torch.Tensor) -> torch.Tensor:
-        """2 eps (h_j + A C_j) + 2 tau + theta (A + C_j)^2, float64 (N,)."""
-        norm_N, best_norm_N = bracket.norm_N, self._norm_K[best_N]
-        width_N = 2 * self._eps * (self._half_K[best_N] + norm_N * best_norm_N)
-        return width_N + 2 * self._tau * (2 + norm_N) + _ORACLE_ROUNDING * (norm_N + best_norm_N).square()
 
 
 class _Depth(NamedTuple):
     """One depth's codebook, equal rows merged: `ids_K` are the (lowest) ids the remaining rows stand for."""
 
     vectors_Kn: torch.Tensor
+    """float32: upcasting what is used takes no room."""
     ids_K: torch.Tensor
     fast: FastPass
+
+
+def fast_pass(vectors_Kn: torch.Tensor) -> FastPass:
+    """The pass for a codebook's device: float16 where there are tensor cores that sum in float32, else float32.
+
+    `vectors_Kn`: float64 (K, n).
+    """
+    if vectors_Kn.is_cuda and vectors_Kn.shape[1] <= WIDEST and sums_in_float32(vectors_Kn.device):
+        return Float16Pass(vectors_Kn)
+    return Float32Pass(vectors_Kn)
 
 
 class ResidualSearch:
     """Codebooks prepared once on a device, for many searches. Not for use by several threads at once."""
 
-    def __init__(self, codebooks: Sequence[NDArray[np.float32]], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        codebooks: Sequence[NDArray[np.float32]],
+        device: torch.device | str = "cpu",
+        make_pass: Callable[[torch.Tensor], FastPass] = fast_pass,
+    ) -> None:
         """`codebooks`: D float32 arrays (K_d, n), n equal for all. `InputError` if one is empty or not finite."""
         if not codebooks:
             raise ValueError("a residual search needs at least one codebook")
@@ -137,8 +74,7 @@ class ResidualSearch:
         """Rows, summed over depths, whose candidates were decided in float64."""
         self.fallback_rows = 0
         """Rows, summed over depths, that were decided against the whole codebook in float64."""
-        require_full_float32()
-        self._depths = [self._prepare(depth, codebook) for depth, codebook in enumerate(codebooks)]
+        self._depths = [self._prepare(depth, codebook, make_pass) for depth, codebook in enumerate(codebooks)]
         largest = max(depth.vectors_Kn.shape[0] for depth in self._depths)
         self._rows = min(max(SCORE_BYTES[self.device.type] // (4 * largest), 64), 1 << 16)
         # One buffer for all score matrices: allocating megabytes anew for each chunk costs as much as reading them.
@@ -151,7 +87,6 @@ class ResidualSearch:
         """
         if features_Nn.dtype != torch.float32 or features_Nn.ndim != 2 or features_Nn.shape[1] != self.width:
             raise ValueError(f"features are float32 (N, {self.width}), not {features_Nn.dtype} {features_Nn.shape}")
-        require_full_float32()
         self._reserve(min(self._rows, len(features_Nn)))
         codes_ND = torch.empty(len(features_Nn), len(self._depths), dtype=torch.int32, device=self.device)
         for start in range(0, len(features_Nn), self._rows):
@@ -164,7 +99,9 @@ class ResidualSearch:
                 residual_Nn = residual_Nn - depth.vectors_Kn[best_N]
         return codes_ND
 
-    def _prepare(self, depth: int, codebook: NDArray[np.float32]) -> _Depth:
+    def _prepare(
+        self, depth: int, codebook: NDArray[np.float32], make_pass: Callable[[torch.Tensor], FastPass]
+    ) -> _Depth:
         if codebook.ndim != 2 or codebook.dtype != np.float32 or not 0 < codebook.shape[1] < _MAX_WIDTH:
             raise ValueError(f"a codebook is float32 (K, n), not {codebook.dtype} {codebook.shape}")
         if codebook.shape[0] == 0 or codebook.shape[1] != self.width:
@@ -174,9 +111,9 @@ class ResidualSearch:
         for k, row in enumerate(codebook):
             first.setdefault(row.tobytes(), k)
         ids = torch.tensor(list(first.values()), dtype=torch.int64)
-        vectors_Kn = torch.from_numpy(np.ascontiguousarray(codebook))[ids].to(self.device, torch.float64)
+        vectors_Kn = torch.from_numpy(np.ascontiguousarray(codebook))[ids].to(self.device)
         _refuse_non_finite(vectors_Kn, f"the codebook of depth {depth}")
-        return _Depth(vectors_Kn, ids.to(self.device, torch.int32), Float32Pass(vectors_Kn))
+        return _Depth(vectors_Kn, ids.to(self.device, torch.int32), make_pass(vectors_Kn.double()))
 
     def _nearest(self, residual_Nn: torch.Tensor, depth: _Depth) -> torch.Tensor:
         """int64 (N,) row of `depth.vectors_Kn` the oracle would choose."""
@@ -238,7 +175,10 @@ def squared_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def nearest_exact(residual_Nn: torch.Tensor, vectors_Kn: torch.Tensor) -> torch.Tensor:
-    """argmin over k of the squared distance, ties to the lower k: float64 (N, n), (K, n) -> int64 (N,)."""
+    """argmin over k of the squared distance in float64, ties to the lower k.
+
+    float64 (N, n), float32 or float64 (K, n) -> int64 (N,).
+    """
     (count, width), size = residual_Nn.shape, vectors_Kn.shape[0]
     pairs = max(_EXACT_BYTES[residual_Nn.device.type] // (8 * width), 1)
     columns = min(size, pairs)
@@ -255,16 +195,6 @@ def nearest_exact(residual_Nn: torch.Tensor, vectors_Kn: torch.Tensor) -> torch.
     return best_N
 
 
-def require_full_float32() -> None:
-    """`EnvironmentProblem` if torch may replace float32 products by TF32 or bfloat16 ones: the bound would not hold."""
-    modes = {torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision}  # type: ignore[attr-defined]
-    if not modes <= {"none", "ieee"} or torch.get_float32_matmul_precision() != "highest":
-        raise EnvironmentProblem(
-            "torch is set to reduced-precision float32 products, with which the residual search is not exact: "
-            "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE and call torch.set_float32_matmul_precision('highest')"
-        )
-
-
 def _rerank(residual_Nn: torch.Tensor, vectors_Kn: torch.Tensor, candidates_NK: torch.Tensor) -> torch.Tensor:
     """int64 (N,): the closest candidate of each row in float64, ties to the lower id; a row has at least one."""
     pair_row, pair_k = candidates_NK.nonzero().unbind(1)
@@ -278,18 +208,9 @@ def _rerank(residual_Nn: torch.Tensor, vectors_Kn: torch.Tensor, candidates_NK: 
     return best_N.scatter_reduce_(0, pair_row[closest], pair_k[closest], "amin")
 
 
-def _norms(x_Nn: torch.Tensor) -> torch.Tensor:
-    """float64 (N,): at least the true Euclidean norms, by the margin of float64 rounding."""
-    return torch.linalg.vector_norm(x_Nn, dim=1) * _FLOAT64_SAFETY
-
-
 def _float32_above(x_N: torch.Tensor) -> torch.Tensor:
     """float32 values not below the float64 ones."""
     return (x_N + x_N.abs() * 2.0**-22).float()
-
-
-def _gamma(operations: int) -> float:
-    return operations * 2.0**-24 / (1 - operations * 2.0**-24)
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:

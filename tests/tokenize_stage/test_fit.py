@@ -13,7 +13,7 @@ from made_jobs import make_pictures
 from PIL import Image
 
 from manifests.errors import InputError
-from manifests.geometry import content_mask, make_views
+from manifests.geometry import background_from_mean, content_mask, make_views
 from manifests.schema import Geometry
 from tokenize_stage.codebook_folder import read_codebooks, read_description
 from tokenize_stage.config import CodebookConfig, FittedTokenizer
@@ -170,8 +170,11 @@ def test_a_fit_from_pictures_makes_a_tokenizer(tmp_path: Path) -> None:
     assert description.encoder.path == "../encoder"
     assert description.encoder.layer == tiny_encoders.BLOCKS - 1
     assert description.report == report
+    assert description.geometry.background == background_from_mean(description.image_mean)  # as the job will letterbox
     tokenizer_config = FittedTokenizer(path=config.output)
-    tokenizer = load(tokenizer_config, identify(tokenizer_config, config.geometry).spec, dtype="float32", device="cpu")
+    tokenizer = load(
+        tokenizer_config, identify(tokenizer_config, description.geometry).spec, dtype="float32", device="cpu"
+    )
     views = torch.zeros(2, tiny_encoders.SIZE, tiny_encoders.SIZE, 3, dtype=torch.uint8)
     assert tokenizer.encode(views).shape == (2, 16, 2)
 
@@ -190,7 +193,7 @@ def test_views_come_in_order_with_their_content(tmp_path: Path) -> None:
     config = codebook_config(tmp_path)
     inventory = take_inventory(config.source)
     ids = inventory.table["image_id"].to_pylist()
-    batches = list(read_views(config, inventory.root, ids, (4, 4)))
+    batches = list(read_views(config, config.geometry.resolve(), inventory.root, ids, (4, 4)))
     assert [len(batch.views_BSSC) for batch in batches] == [5, 5, 5, 5, 4]
     for image_id, view, content in zip(
         ids,

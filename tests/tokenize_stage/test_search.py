@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from manifests.errors import EnvironmentProblem, InputError
 from tokenize_stage import search
-from tokenize_stage.search import Float32Pass, ResidualSearch, oracle, residual_search
+from tokenize_stage.fast_pass import Float32Pass
+from tokenize_stage.search import ResidualSearch, oracle, residual_search
 
 Books = list[npt.NDArray[np.float32]]
 

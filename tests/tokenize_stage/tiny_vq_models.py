@@ -101,19 +101,19 @@ def codes_of_transformers(family: str, model: Any, views_BSSC: torch.Tensor) -> 
     if family == "glm_image":
         patches, grids = _packed(pixels_BCSS)
         features = model.model.get_image_features(patches, grids).pooler_output
-        tokens = model.get_image_tokens(features)
-        return tokens.view(len(views_BSSC), -1)
-    tokens = model.encode(pixels_BCSS).image_tokens
-    return tokens.view(len(views_BSSC), -1)
+        packed: torch.Tensor = model.get_image_tokens(features)
+        return packed.view(len(views_BSSC), -1)
+    codes: torch.Tensor = model.encode(pixels_BCSS).image_tokens
+    return codes.view(len(views_BSSC), -1)
 
 
 def _packed(pixels_BCSS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches row by row, as GLM-Image's image processor packs them, and the grid of each view."""
-    rows = []
-    for view in pixels_BCSS:
-        for top in range(0, view.shape[1], STRIDE):
-            for left in range(0, view.shape[2], STRIDE):
-                rows.append(view[:, top : top + STRIDE, left : left + STRIDE].reshape(-1))
+    corners = range(0, pixels_BCSS.shape[-1], STRIDE)
+    rows = [
+        view[:, top : top + STRIDE, left : left + STRIDE].reshape(-1)
+        for view in pixels_BCSS for top in corners for left in corners
+    ]  # fmt: skip
     edge = pixels_BCSS.shape[-1] // STRIDE
     return torch.stack(rows), torch.tensor([[1, edge, edge]] * len(pixels_BCSS))
 

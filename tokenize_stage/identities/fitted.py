@@ -38,7 +38,7 @@ def describe(tokenizer: FittedTokenizer) -> Identity:
         grid=description.grid,
         codebook_sizes=description.codebook_sizes,
         code_dim=description.code_dim,
-        residual=True,
+        residual=description.method == "residual",
         settings={
             "layer": description.encoder.layer,
             "image_mean": list(description.image_mean),

@@ -11,7 +11,8 @@ Shape legend: B views, S edge of a view, P positions, h edge of the grid, n widt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,27 +187,20 @@ _LATENTS: dict[Family, Callable[[Parts], Latents]] = {
 def _build(files: HfVqFiles) -> Parts:
     """The model on the meta device, without the way back to pixels."""
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
-    try:
-        with torch.device("meta"):
-            if files.family == "glm_image":
-                config = transformers.GlmImageConfig.from_pretrained(files.folder.path, local_files_only=True)
-                parts = {
-                    "vqmodel": transformers.GlmImageVQVAE(config.vq_config),
-                    "visual": transformers.GlmImageVisionModel(config.vision_config),
-                }
-            else:
-                name = {"chameleon": "Chameleon", "emu3": "Emu3", "janus": "Janus"}[files.family]
-                # Of a whole model's file, `from_pretrained` takes the section `vq_config` by itself.
-                kind = getattr(transformers, f"{name}VQVAEConfig")
-                vq_config = kind.from_pretrained(files.folder.path, local_files_only=True)
-                parts = {"vqmodel": getattr(transformers, f"{name}VQVAE")(vq_config)}
-    except (
-        OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, StrictDataclassError
-    ) as error:  # fmt: skip
-        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0].rstrip(".")
-        raise InputError(f"{files.config} does not describe a VQ model ({reason}): restore it") from error
+    with _describing(files), torch.device("meta"):
+        if files.family == "glm_image":
+            config = transformers.GlmImageConfig.from_pretrained(files.folder.path, local_files_only=True)
+            parts = {
+                "vqmodel": transformers.GlmImageVQVAE(config.vq_config),
+                "visual": transformers.GlmImageVisionModel(config.vision_config),
+            }
+        else:
+            name = {"chameleon": "Chameleon", "emu3": "Emu3", "janus": "Janus"}[files.family]
+            # Of a whole model's file, `from_pretrained` takes the section `vq_config` by itself.
+            kind = getattr(transformers, f"{name}VQVAEConfig")
+            vq_config = kind.from_pretrained(files.folder.path, local_files_only=True)
+            parts = {"vqmodel": getattr(transformers, f"{name}VQVAE")(vq_config)}
     if files.family == "glm_image" and parts["visual"].config.spatial_merge_size != 1:
         raise InputError(
             f"{files.config} merges neighbouring positions (spatial_merge_size), whose codes would not stand row by row: "
@@ -216,6 +210,20 @@ def _build(files: HfVqFiles) -> Parts:
         if hasattr(parts["vqmodel"], child):
             delattr(parts["vqmodel"], child)
     return parts
+
+
+@contextlib.contextmanager
+def _describing(files: HfVqFiles) -> Iterator[None]:
+    """What a configuration that makes no sense raises, here or there in transformers, is the user's to hear."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (
+        OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, StrictDataclassError
+    ) as error:  # fmt: skip
+        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0].rstrip(".")
+        raise InputError(f"{files.config} does not describe a VQ model ({reason}): restore it") from error
 
 
 def _stride(parts: Parts) -> int:
@@ -228,13 +236,14 @@ def _stride(parts: Parts) -> int:
 def _default_view_size(files: HfVqFiles, stride: int) -> int:
     import transformers
 
-    if files.family == "chameleon":
-        return int(transformers.ChameleonVQVAEConfig.from_pretrained(files.folder.path).resolution)
-    if files.family == "janus":
-        # In a whole Janus the number of patches is that of its other tower; its configuration works it out.
-        kind = transformers.JanusConfig if files.whole else transformers.JanusVQVAEConfig
-        config = kind.from_pretrained(files.folder.path)
-        return int((config.vq_config if files.whole else config).num_patches) * stride
+    with _describing(files):
+        if files.family == "chameleon":
+            return int(transformers.ChameleonVQVAEConfig.from_pretrained(files.folder.path).resolution)
+        if files.family == "janus":
+            # In a whole Janus the number of patches is that of its other tower; its configuration works it out.
+            kind = transformers.JanusConfig if files.whole else transformers.JanusVQVAEConfig
+            config = kind.from_pretrained(files.folder.path)
+            return int((config.vq_config if files.whole else config).num_patches) * stride
     return VIEW_SIZE
 
 
