@@ -168,7 +168,7 @@ def test_a_wrong_configuration_is_refused(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"num_attention_heads": 5}, "is not the configuration of a SigLIP"),
+        ({"num_attention_heads": 5}, "num_attention_heads is .5., not a divisor of the width"),
         ({"hidden_act": "nothing"}, "is not the configuration of a SigLIP"),
         ({"num_hidden_layers": 12}, r"layers\.23|neither needed"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is '0'"),
