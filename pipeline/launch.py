@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -12,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manifests.errors import EXIT_CODES, EnvironmentProblem, RecipeError, TrainingStopped
+from manifests.errors import EXIT_CODES, AsvrError, EnvironmentProblem, RecipeError, TrainingStopped
 from manifests.storage import Store
-from pipeline.console import plain
+from pipeline.console import plain, write_line
 from pipeline.extras import needs, require
 from pipeline.ranks import RankError, run_ranks
 
@@ -58,6 +59,8 @@ def train(config: TrainConfig, *, phase: str | None = None, ranks: int | None = 
         run_ranks([sys.executable, "-m", "train_stage", str(path)], count, environment)
     except RankError as failure:
         return explain(failure, path.parent)
+    names = ", ".join(each.name for each in config.phases)
+    write_line(plain(f"{names}: trained in {config.output}; asvr export {config.output} writes the model"))
     return 0
 
 
@@ -86,7 +89,8 @@ def export(run: Path, output: Path | None = None) -> Path:
             chat_template=trained.chat_template,
             codebook_sha256=trained.codebook_sha256,
         )
-    log.info("phase %s, step %d", trained.phase.name, trained.step)
+    state = "its last" if trained.final else "not its last: the run is unfinished"
+    log.info("phase %s, step %d (%s)", trained.phase.name, trained.step, state)
     return output
 
 
@@ -148,7 +152,9 @@ def _train_here(config: TrainConfig, environment: dict[str, str]) -> int:
     from train_stage.__main__ import main
 
     if os.environ["RANK"] == "0":
-        write_config(config)
+        with contextlib.suppress(AsvrError):  # the ranks find it again, and stop together
+            _check_resumable(config, int(os.environ["WORLD_SIZE"]))
+            write_config(config)
     with tempfile.TemporaryDirectory(prefix="asvr-") as folder:
         path = Path(folder) / CONFIG_NAME
         path.write_text(config.model_dump_json(), encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline import console
-from tokenize_stage.families import PUBLISHED
+from tokenize_stage.families import CONTINUOUS, PUBLISHED
 
 _DEPTHS = {True: "residual", False: "independent", None: "one"}
 _HEADER = ("kind", "model", "codes say", "view", "grid", "P", "D", "K", "code dim", "depths", "licence", "origin")
@@ -25,7 +25,7 @@ def show_tokenizers(*, as_json: bool) -> None:
             _shown(row.depth),
             _shown(row.codebook_size),
             _shown(row.code_dim),
-            _DEPTHS[row.residual],
+            "features" if row.kind in CONTINUOUS else _DEPTHS[row.residual],
             row.licence,
             row.origin,
         )

@@ -25,7 +25,7 @@ class Batch:
     attention_mask      int64 (B, L); 1 on tokens, 0 on padding (right-hand side)
     views               uint8 (V, S, S, 3), V >= 1: one dummy view when the micro-batch has no image
     view_position       int64 (V, P); index into the B*L flattened tokens, or `NO_TOKEN`
-    codes               int64 (V, P, D), or None when the objective needs none
+    codes               int64 (V, P, D), or None when the phase names no manifests
     codes_mask          bool (V, P); True where a cell enters the visual loss (never True where
                         `view_position` is `NO_TOKEN`, on padding cells and on the dummy)
     sample_ids          names of the samples, for error messages

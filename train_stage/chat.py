@@ -106,7 +106,10 @@ def _turns(conversation: Sequence[Turn]) -> list[tuple[str, str]]:
 
 def _plain(turns: list[tuple[str, str]]) -> list[Piece]:
     if len(turns) != 2:
-        raise BadSample("conversation", "the plain template takes one question and one answer")
+        raise BadSample(
+            "conversation",
+            "the plain template takes one question and one answer; longer conversations need template vicuna_v1",
+        )
     images = IMAGE * turns[0][1].count(IMAGE)
     return [Piece(images, False), Piece(turns[1][1] + "\n", True, after=IMAGE if images else "")]
 

@@ -38,6 +38,13 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 _FREE = {"name", "data", "manifests", "micro_batch_size", "max_bad_rate"}
 """Fields of a phase that may differ on resume: places, which are compared by content, and what changes no number."""
 
+_COMPARED_BY_CONTENT = {
+    "data": "data: other records",
+    "manifests": "manifests: other codes",
+    "after": "after: the phase before it had other settings",
+}
+"""How settings that stand there as hashes are said to differ."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -134,14 +141,15 @@ def check_fits(checkpoint: Checkpoint, settings: dict[str, Any], world: int) -> 
     """Raise TrainingStopped unless going on from `checkpoint` gives what an uninterrupted run would have given."""
     differing = differing_keys(checkpoint.settings, settings)
     if differing:
+        said = dict.fromkeys(_COMPARED_BY_CONTENT.get(re.split(r"[.\[:]", text)[0], text) for text in differing)
         raise TrainingStopped(
-            f"{checkpoint.path} was made with other settings ({'; '.join(differing[:6])}): restore them, "
+            f"{checkpoint.path} was made with other settings ({'; '.join(list(said)[:6])}): restore them, "
             f"choose another output, or remove {checkpoint.path.parent}"
         )
     if not checkpoint.final and checkpoint.world != world:
         raise TrainingStopped(
-            f"{checkpoint.path} was written by {checkpoint.world} ranks and there are {world} now, which is not "
-            f"supported yet: start {checkpoint.world} ranks"
+            f"{checkpoint.path} was written by {checkpoint.world} rank(s) and there are {world} now, which is not "
+            f"supported yet: start {checkpoint.world} (asvr train --nproc)"
         )
 
 

@@ -51,14 +51,14 @@ class CodeTables:
     source_size  int64 (rows,): bytes of the encoded image when it was tokenized
     sha256       sha256 in hex of those bytes, by row
 
-    Makes the node-local copies that are not there yet. Raises InputError when the manifests disagree,
+    Makes the node-local copies that are not there yet. Raises InputError when the manifests disagree or hold features,
     VerificationFailed when one is damaged, StorageError when the cache cannot be written.
     """
 
     def __init__(self, manifests: Sequence[OpenManifest]) -> None:
         self.manifests = list(manifests)
+        self.tokenizer: TokenizerSpec = [manifest.tokenizer for manifest in manifests][0]  # noqa: RUF015 - looks at all
         check_agreement(manifests)
-        self.tokenizer: TokenizerSpec = manifests[0].manifest.tokenizer
         indexes = [manifest.index() for manifest in manifests]
         index = pa.concat_tables(indexes).combine_chunks()
         self.image_ids: pa.ChunkedArray = index["image_id"]
@@ -112,7 +112,7 @@ def _rejects_of(rejects: pa.Table, image_id: str) -> list[tuple[str, str]]:
 
 def _open_table(manifest: OpenManifest, rows: int) -> NDArray[np.integer[Any]]:
     """The flat copy of a manifest's codes, (rows, V*P*D), read-only."""
-    spec = manifest.manifest.tokenizer
+    spec = manifest.tokenizer
     dtype = code_dtype(spec.codebook_sizes).newbyteorder("<")
     width = manifest.manifest.totals.codes // rows if rows else spec.positions * spec.depth
     path = cache_dir() / "codes" / f"{manifest.digest}.{dtype.name}"

@@ -46,7 +46,7 @@ class Picture:
 class Collator:
     """Makes the micro-batches of a phase; calling it is a pure function of the sample numbers.
 
-    `codes` is None when the objective needs none.
+    `codes` is None when the phase names no manifests.
     """
 
     samples: Samples

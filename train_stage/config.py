@@ -115,7 +115,11 @@ class PhaseConfig(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="also the folder below the run's output")
     data: tuple[DataConfig, ...] = Field(min_length=1)
-    manifests: tuple[ManifestRef, ...] = Field(default=(), description="folders; in a recipe also names of sets")
+    manifests: tuple[ManifestRef, ...] = Field(
+        default=(),
+        description="folders; in a recipe also names of sets. With objective none they give the geometry and leave out "
+        "what was rejected, so that it trains on the samples that codes would train on",
+    )
     objective: Objective = CodesObjective()
     trainable: tuple[Part, ...] | None = None
     template: TemplateName | None = None

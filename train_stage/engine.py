@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from manifests.atomic import make_folder, storage_errors
-from manifests.errors import EnvironmentProblem
+from manifests.errors import EnvironmentProblem, RecipeError, StorageError
 from train_stage.config import ResolvedPhase, TrainConfig
 from train_stage.ranks import Ranks
+from train_stage.tensor_files import damage_named, tensor_storage_errors
 
 _TAG = "deepspeed"
 """The folder of a checkpoint that is DeepSpeed's own."""
@@ -132,9 +134,16 @@ class Engine:
                 fused=ranks.device.type == "cuda",
             )
             deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=deepspeed_settings(config, phase, ranks.world)
-            )
+            try:
+                self._engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=deepspeed_settings(config, phase, ranks.world)
+                )
+            except ValidationError as error:
+                first = error.errors()[0]
+                key = ".".join(str(part) for part in first["loc"])
+                raise RecipeError(f"DeepSpeed refuses {key} of its settings ({error.title}): {first['msg']}") from error
+        # It would put a script for its own files into every checkpoint, beside weights that need none.
+        self._engine._copy_recovery_script = lambda _folder: None
         self.ranks = ranks
 
     @property
@@ -167,17 +176,46 @@ class Engine:
         self._engine.destroy()
 
     def save(self, folder: Path) -> None:
-        """Write what DeepSpeed needs to go on below `folder`, frozen weights left out. Collective."""
-        with _quiet():
+        """Write what DeepSpeed needs to go on below `folder`, frozen weights left out. Collective.
+
+        StorageError when a rank's disk refuses: only when all ranks are through, because DeepSpeed waits for each.
+        """
+        with self.ranks.together(), storage_errors("write", folder):
+            make_folder(folder / _TAG)
+        with _quiet(), _put_off(self._engine.checkpoint_engine) as refused:
             self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        self.ranks.share_error(refused[0] if refused else None)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote below `folder`, written by as many ranks as there are now. Collective."""
-        with _quiet():
+        """Go on from what `save` wrote below `folder`, written by as many ranks as there are now. Collective.
+
+        TrainingStopped when it is damaged.
+        """
+        with _quiet(), damage_named(folder):
             # Not strict: the frozen weights are not in there.
             path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        if path is None:
-            raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")
+            if path is None:
+                raise FileNotFoundError("DeepSpeed finds nothing in it")
+
+
+@contextlib.contextmanager
+def _put_off(writer: Any) -> Iterator[list[StorageError]]:
+    """Collect the refused writes of a DeepSpeed checkpoint engine instead of raising them."""
+    refused: list[StorageError] = []
+    write = writer.save
+
+    def attempt(state_dict: Any, path: str) -> None:
+        try:
+            with tensor_storage_errors(Path(path)):
+                write(state_dict, path)
+        except StorageError as error:
+            refused.append(error)
+
+    writer.save = attempt
+    try:
+        yield refused
+    finally:
+        del writer.save
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ import copy
 import json
 import logging
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
@@ -25,10 +25,13 @@ from manifests.schema import Geometry
 from train_stage import tower
 from train_stage.model import AsvrModel
 from train_stage.objectives import CodesObjective
+from train_stage.tensor_files import save_tensors, share, tensor_storage_errors
 
 log = logging.getLogger(__name__)
 
 HEAD_FILE = "visual_head.safetensors"
+MARKER_FILE = "asvr_export.json"
+"""What an export came from; and the sign that a folder is an export, which a later one may replace."""
 SHARD_SIZE = "5GB"
 
 
@@ -55,19 +58,28 @@ def export_llava(
 
     Raises:
         InputError: `output` holds something else than an export.
+        StorageError: the disk refuses; nothing is left behind then.
     """
     _refuse_other_folders(output)
     draft = output.with_name(f"{output.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_torch_state_dict(llava_weights(model), draft, max_shard_size=SHARD_SIZE)
-    _save_configs(model, tokenizer, geometry, draft)
-    save_processor(make_processor(model, tokenizer, geometry, chat_template), draft)
-    if isinstance(model.objective, CodesObjective):
-        _save_head(model.objective, codebook_sha256, draft / HEAD_FILE)
-    if output.exists():
-        shutil.rmtree(output)
-    draft.replace(output)
+    try:
+        with tensor_storage_errors(draft):
+            draft.mkdir(parents=True)
+            save_torch_state_dict(llava_weights(model), draft, max_shard_size=SHARD_SIZE)
+            for path in draft.iterdir():
+                share(path)
+            _save_configs(model, tokenizer, geometry, draft)
+            save_processor(make_processor(model, tokenizer, geometry, chat_template), draft)
+            _save_marker(geometry, codebook_sha256, draft / MARKER_FILE)
+            if isinstance(model.objective, CodesObjective):
+                _save_head(model.objective, codebook_sha256, draft / HEAD_FILE)
+            if output.exists():
+                shutil.rmtree(output)
+            draft.replace(output)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     log.info("exported to %s", output)
 
 
@@ -169,13 +181,20 @@ def _save_head(objective: CodesObjective, codebook_sha256: str | None, path: Pat
     if codebook_sha256 is not None:
         metadata["codebook_sha256"] = codebook_sha256
     with torch.no_grad():
-        save_file({name: t.contiguous().cpu() for name, t in head.state_dict().items()}, path, metadata=metadata)
+        save_tensors({name: t.contiguous().cpu() for name, t in head.state_dict().items()}, path, metadata)
+
+
+def _save_marker(geometry: Geometry, codebook_sha256: str | None, path: Path) -> None:
+    facts = {
+        "asvr": version("asvr"),
+        "geometry": geometry.model_dump(mode="json"),
+        "codebook_sha256": codebook_sha256,
+    }
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse_other_folders(output: Path) -> None:
-    if not output.exists():
+    if not output.exists() or (output / MARKER_FILE).is_file():
         return
-    config = output / "config.json"
-    exported = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "llava"
-    if not exported and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} holds something else than an exported model; name another output or remove it")
+    if not output.is_dir() or any(output.iterdir()):
+        raise InputError(f"{output} holds something else than an export of ours; name another output or remove it")

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
-from manifests.atomic import storage_errors
 from manifests.errors import AsvrError, InputError, RecipeError, TrainingStopped
 from manifests.fingerprint import digest
 from manifests.reader import open_manifest
@@ -33,6 +31,7 @@ from train_stage.model import AsvrModel, build_model, load_trainable, set_traina
 from train_stage.plan import Plan, make_plan
 from train_stage.ranks import Ranks, Stopped, join_ranks, leave_ranks
 from train_stage.samples import Samples, load_samples
+from train_stage.tensor_files import load_weights, save_tensors
 from train_stage.tokenizer import load_tokenizer
 from train_stage.tower import tower_grid
 
@@ -43,7 +42,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class PhaseInputs:
-    """What a phase is given: a model, the codes of its manifests (None if it reads none), and how images become views."""
+    """What a phase is given: a model, the codes of its manifests (None if it names none), and how images become views."""
 
     model: AsvrModel
     codes: CodeTables | None
@@ -53,7 +52,7 @@ class PhaseInputs:
     @property
     def codebook_sha256(self) -> str | None:
         """Of the codebook file that the visual head needs."""
-        return self.codes.manifests[0].manifest.codebook.sha256 if self.codes else None
+        return self.codes.manifests[0].codebook.sha256 if self.codes else None
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,8 @@ def run_phase(config: TrainConfig, phase: ResolvedPhase, ranks: Ranks) -> None:
 
     model, plan = prepared.model, prepared.plan
     schedule = Schedule(phase.lr, plan.steps, phase.warmup_ratio)
-    engine = Engine(model, config, phase, ranks)
+    with ranks.together():
+        engine = Engine(model, config, phase, ranks)
     with ExitStack() as stack:
         stack.callback(engine.close)
         if last_step:
@@ -219,17 +219,19 @@ def open_inputs(config: TrainConfig, phase: ResolvedPhase) -> PhaseInputs:
     if manifests:
         check_agreement(manifests)
     geometry = phase_geometry(phase, [manifest.manifest.geometry for manifest in manifests])
-    codes = CodeTables(manifests) if phase.objective.kind == "codes" else None
+    # Also for a phase that predicts no codes: it sees the very pictures that one which does would see.
+    codes = CodeTables(manifests) if manifests else None
+    predicts = phase.objective.kind == "codes"
     model = build_model(
         config.model,
         phase.objective,
-        codes.codebooks() if codes else None,
+        codes.codebooks() if codes and predicts else None,
         _DTYPES[config.precision],
         residual=codes.tokenizer.residual if codes else True,
         seed=config.seed,
     )
     grid = tower_grid(model.vision_tower.config, geometry.size)
-    if codes is not None and codes.tokenizer.grid != grid:
+    if codes is not None and predicts and codes.tokenizer.grid != grid:
         raise InputError(
             f"the manifests of phase {phase.name} have {codes.tokenizer.grid[0]}x{codes.tokenizer.grid[1]} positions a "
             f"view and the vision tower {config.model.vision_tower} makes {grid[0]}x{grid[1]}: use a tower with the "
@@ -267,15 +269,13 @@ def earlier_weights(config: TrainConfig, phase: ResolvedPhase) -> dict[str, torc
     last = checkpoints.newest(config.phase_folder(before))
     if last is None or not last.final:
         raise TrainingStopped(f"phase {phase.name} starts from the end of phase {before}, which is not there")
-    return load_file(last.weights)
+    return load_weights(last.weights)
 
 
 def save_weights(model: AsvrModel, names: list[str], path: Path) -> None:
     """Write the named parameters as safetensors, each with memory of its own."""
     own = dict(model.named_parameters())
-    tensors = {name: own[name].detach().to("cpu", copy=True).contiguous() for name in names if name in own}
-    with storage_errors("write", path):
-        save_file(tensors, path)
+    save_tensors({name: own[name].detach().to("cpu", copy=True).contiguous() for name in names if name in own}, path)
 
 
 def check_same_samples(samples: Samples, ranks: Ranks) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from manifests.errors import InputError
@@ -14,6 +13,7 @@ from train_stage.checkpoint import newest
 from train_stage.config import ResolvedPhase, TrainConfig
 from train_stage.model import AsvrModel, load_trainable
 from train_stage.run import PhaseInputs, open_inputs
+from train_stage.tensor_files import load_weights
 from train_stage.tokenizer import load_tokenizer
 
 
@@ -31,6 +31,8 @@ class Trained:
     codebook_sha256: str | None
     phase: ResolvedPhase
     step: int
+    final: bool
+    """Whether that was the phase's last step."""
 
 
 def load_trained(config: TrainConfig) -> Trained:
@@ -44,7 +46,7 @@ def load_trained(config: TrainConfig) -> Trained:
         if checkpoint is None:
             continue
         inputs: PhaseInputs = open_inputs(config, phase)
-        load_trainable(inputs.model, load_file(checkpoint.weights))
+        load_trainable(inputs.model, load_weights(checkpoint.weights))
         return Trained(
             model=inputs.model.eval(),
             tokenizer=load_tokenizer(config.model),
@@ -53,5 +55,6 @@ def load_trained(config: TrainConfig) -> Trained:
             codebook_sha256=inputs.codebook_sha256,
             phase=phase,
             step=checkpoint.step,
+            final=checkpoint.final,
         )
     raise InputError(f"there is no checkpoint in {config.output}: train first")

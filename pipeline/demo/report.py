@@ -31,7 +31,7 @@ LINES = 4
 def draw_pictures(place: Layout, result: Result) -> None:
     """Write `place.pictures`: the first held-out images that were asked about, their codes and some answers."""
     opened = open_manifest(place.tokens)
-    rows, columns = opened.manifest.tokenizer.grid
+    rows, columns = opened.tokenizer.grid
     asked: dict[str, list[str]] = {}
     for question, said, right in zip(result.questions, result.answers, result.correct, strict=True):
         verdict = "" if right else f" (wrong: {question.answer})"
@@ -58,7 +58,7 @@ def summarise(place: Layout, result: Result, seconds: Mapping[str, float]) -> No
     """Print where everything is, how good the answers are and what to do next; the same goes to `place.summary`."""
     opened = open_manifest(place.tokens)
     manifest = opened.manifest
-    spec = manifest.tokenizer
+    spec = opened.tokenizer
     prior = prior_accuracy(load_training_questions(place.data), result.questions)
     images = len({question.image for question in result.questions})
     summary = {

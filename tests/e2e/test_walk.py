@@ -109,7 +109,7 @@ def test_walk(folder: Path) -> None:
     asvr("tokenize", "recipe.yaml", cwd=folder)
     assert (folder / "tokens" / "manifest.json").read_bytes() == manifest
 
-    asvr("train", "recipe.yaml", cwd=folder)
+    assert f"trained in {folder / 'run'}; asvr export" in asvr("train", "recipe.yaml", cwd=folder)
     for phase in ("pretrain", "instruct"):
         steps = [json.loads(line) for line in (folder / "run" / phase / "metrics.jsonl").read_text().splitlines()]
         assert [step["step"] for step in steps] == [1, 2, 3]

@@ -156,8 +156,21 @@ def test_another_configuration_is_refused_before_it_overwrites_the_first(tmp_pat
     launch.write_config(whole)
     with pytest.raises(TrainingStopped, match="seed: 0 -> 7"):
         launch.train(whole.model_copy(update={"seed": 7}), ranks=1)
-    with pytest.raises(TrainingStopped, match="was written by 1 ranks and there are 2 now"):
+    with pytest.raises(TrainingStopped, match=r"was written by 1 rank\(s\) and there are 2 now"):
         launch.train(whole, ranks=2)
+    assert TrainConfig.model_validate_json((tmp_path / "run" / "config.json").read_bytes()) == whole
+
+
+def test_a_rank_of_another_launcher_leaves_the_configuration_of_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d.json").write_text("[]")
+    whole = config(tmp_path)
+    save_marker(whole, "pretrain", final=False)
+    launch.write_config(whole)
+    monkeypatch.setattr("os.environ", {**os.environ, "RANK": "0", "WORLD_SIZE": "1"})
+    monkeypatch.setattr("train_stage.__main__.main", lambda _arguments: 11)
+    assert launch.train(whole.model_copy(update={"seed": 7})) == 11
     assert TrainConfig.model_validate_json((tmp_path / "run" / "config.json").read_bytes()) == whole
 
 

@@ -65,6 +65,7 @@ def expected_keys(kind: str, *, tied: bool) -> set[str]:
 def test_weights_have_their_published_names(tiny_model: MakeConfig, tmp_path: Path, kind: str, tied: bool) -> None:
     exported(tiny_model(kind, tied=tied), tmp_path / "out")
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == expected_keys(kind, tied=tied)
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1, "readable as any new file"
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -178,7 +179,8 @@ def test_an_export_is_replaced_and_other_folders_are_not(tiny_model: MakeConfig,
     assert not (tmp_path / "out.tmp").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match="something else than an exported model"):
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llava"}')  # somebody else's model
+    with pytest.raises(InputError, match="something else than an export of ours"):
         exported(tiny_model(), tmp_path / "other")
     assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import tiny_run
 import torch
 
-from manifests.errors import InputError, TrainingStopped
+from manifests.errors import InputError, RecipeError, StorageError, TrainingStopped
 from train_stage.batch import count_text_targets
 from train_stage.config import TrainConfig
 from train_stage.engine import BETAS, EPSILON, Engine, deepspeed_settings, parameter_groups, prepare_environment
@@ -101,6 +102,10 @@ def test_bfloat16_keeps_float32_masters(config: TrainConfig, ranks: Ranks) -> No
     losses = [one_step(engine, prepared, collected_steps(prepared, 1)[0], rate=1e-5).loss for _ in range(4)]
     assert losses[-1] < losses[0]
     assert {parameter.dtype for parameter in engine.model.parameters()} == {torch.bfloat16}
+    # Rotary frequencies and codebook vectors lose by rounding, and an export has them in float32.
+    kept = {name: b.dtype for name, b in engine.model.named_buffers() if b.is_floating_point()}
+    assert len(kept) >= 2
+    assert set(kept.values()) == {torch.float32}
     assert deepspeed_settings(config, phase, 1)["data_types"] == {"grad_accum_dtype": "fp32"}
     engine.close()
 
@@ -134,6 +139,58 @@ def test_a_picture_that_changed_stops_the_step_that_needs_it(config: TrainConfig
         path.write_bytes(b"gone")
     with pytest.raises(InputError, match=r"is not the picture that was tokenized"):
         one_step(engine, prepared, collected_steps(prepared, 1)[0])
+    engine.close()
+
+
+def test_a_full_disk_and_a_damaged_checkpoint_are_one_sentence(
+    config: TrainConfig, ranks: Ranks, tmp_path: Path
+) -> None:
+    phase = config.phase("instruct")
+    engine = Engine(prepare(config, phase).model, config, phase, ranks)
+    engine.save(tmp_path / "fits")
+    names = [path.name for path in (tmp_path / "fits" / "deepspeed").iterdir()]
+    assert len(names) == 2
+    for name in names:
+        full = tmp_path / f"full {name}" / "deepspeed"
+        full.mkdir(parents=True)
+        (full / name).symlink_to("/dev/full")
+        with pytest.raises(StorageError, match=f"^cannot write .*{name}: .*full"):
+            engine.save(full.parent)
+    engine.save(tmp_path / "fits again")
+    engine.load(tmp_path / "fits again")
+    for name in names:
+        kept = (tmp_path / "fits" / "deepspeed" / name).read_bytes()
+        for left in (b"", kept[:1000]):
+            (tmp_path / "fits" / "deepspeed" / name).write_bytes(left)
+            with pytest.raises(TrainingStopped, match="fits is damaged"):
+                engine.load(tmp_path / "fits")
+        (tmp_path / "fits" / "deepspeed" / name).write_bytes(kept)
+    engine.close()
+
+
+def test_a_setting_that_deepspeed_does_not_know_is_named(config: TrainConfig, ranks: Ranks) -> None:
+    config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stag": 1}}})
+    phase = config.phase("instruct")
+    with pytest.raises(RecipeError, match=r"DeepSpeed refuses stag "):
+        Engine(prepare(config, phase).model, config, phase, ranks)
+
+
+def test_text_loss_alone_sees_the_samples_that_codes_sees(config: TrainConfig, ranks: Ranks, tmp_path: Path) -> None:
+    """What the tokenize job rejected would stop a run in its middle, and the two would not be comparable."""
+    records = json.loads((tmp_path / "talks.json").read_text())
+    (tmp_path / "images" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "talks.json").write_text(json.dumps([*records, {**records[0], "id": "b", "image": "broken.png"}]))
+    values = config.model_dump(mode="json")
+    values["phases"][0] |= {"max_bad_rate": 0.5}
+    codes = TrainConfig.model_validate(values).phase("instruct")
+    values["phases"][0] |= {"objective": {"kind": "none"}}
+    none = TrainConfig.model_validate(values).phase("instruct")
+    with_codes, without = prepare(config, codes), prepare(config, none)
+    assert without.samples.names == with_codes.samples.names
+    assert len(without.samples) == len(records)
+    engine = Engine(without.model, config, none, ranks)
+    metrics = one_step(engine, without, collected_steps(without, 1)[0])
+    assert (metrics.visual_loss, metrics.visual_positions) == (None, 0)
     engine.close()
 
 

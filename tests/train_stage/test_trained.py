@@ -57,7 +57,7 @@ def run(tmp_path: Path, tiny_model: Callable[..., configs.ModelConfig]) -> confi
 
 def test_the_newest_checkpoint_of_the_last_phase_is_loaded(run: configs.TrainConfig, tmp_path: Path) -> None:
     trained = load_trained(run)
-    assert (trained.phase.name, trained.step) == ("instruct", 3)
+    assert (trained.phase.name, trained.step, trained.final) == ("instruct", 3, False)
     codebooks = open_manifest(tmp_path / "tokens").codebooks()
     expected = build_model(run.model, run.phases[1].objective, codebooks, torch.float32, seed=13).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained.model.state_dict().items())
