@@ -82,6 +82,7 @@ class Float32Pass:
         largest = float(norms(centred).max())
         # frexp gives largest < 2^exponent; dividing by a power of two is exact.
         self._scale = 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
+        self._offset_n = self._mean_n * -self._scale
         centred = centred * self._scale
         self._norm_K = norms(centred)
         self._half_K = self._norm_K.square() / 2
@@ -91,10 +92,14 @@ class Float32Pass:
     def bracket(self, residual_Nn: torch.Tensor, scratch: torch.Tensor) -> Bracket:
         """Lower bounds of every score: one float32 product of (N, n + 1) and (n + 1, K)."""
         require_full_float32()
-        a_Nn = (residual_Nn - self._mean_n).mul_(self._scale)
+        # Scaling by a power of two is exact, so this rounds once: s r - s mu.
+        a_Nn = torch.add(self._offset_n, residual_Nn, alpha=self._scale)
         norm_N = norms(a_Nn)
         usable_N = norm_N <= _LARGEST_NORM
-        rows_Nm = torch.cat([a_Nn, norm_N[:, None]], 1).masked_fill_(~usable_N[:, None], 0.0).float()
+        rows_Nm = torch.empty(len(a_Nn), self._vectors_mK.shape[0], device=a_Nn.device)
+        rows_Nm[:, :-1] = a_Nn
+        rows_Nm[:, -1] = norm_N
+        rows_Nm.masked_fill_(~usable_N[:, None], 0.0)
         lower_NK = scratch[: rows_Nm.shape[0] * self._addend_K.shape[0]].view(rows_Nm.shape[0], -1)
         torch.addmm(self._addend_K, rows_Nm, self._vectors_mK, alpha=-1, out=lower_NK)
         return Bracket(lower_NK, norm_N, torch.zeros_like(norm_N), usable_N)

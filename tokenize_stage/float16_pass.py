@@ -33,8 +33,9 @@ added to A. Rows with A > 2^15 would not fit: they are not usable.
 any order in IEEE float32 costs at most m 2^-24 T (1 + m 2^-24). Tensor cores add a block of p >= 4 products and the
 accumulator at once: every addend is truncated to a multiple of 2^-23 times the power of two of the largest one, and
 the sum truncated to 24 bits, so a block costs at most (p + 1) 2^-23 T, all m / p of them 1.25 m 2^-23 T < 0.63 omega T
-(Fasi, Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor cores, 2021: V100, T4, A100, the latter with
-more bits than this; Khattak, Mikaitis, Accurate models of NVIDIA tensor cores, 2025: H100, B200). The result leaves in
+(after Fasi, Higham,
+Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor cores, 2021, for V100, T4 and A100; Khattak, Mikaitis,
+Accurate models of NVIDIA tensor cores, 2025, go on to H100 and B200. NVIDIA documents none of it). The result leaves in
 float32. Not covered are sums in float16, which are switched off around the product, and the 14-bit
 accumulators that some of these GPUs have for float8; `sums_in_float32` tries a device before it is trusted.
 """

@@ -144,6 +144,7 @@ def test_codes_do_not_depend_on_chunking(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = residual_search(features, books)
     assert torch.equal(torch.cat([residual_search(part, books) for part in features.split(77)]), whole)
     monkeypatch.setattr(search, "SCORE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(search, "_LEAST_ROWS", 64)
     monkeypatch.setattr(search, "_EXACT_BYTES", {"cpu": 2000})
     assert torch.equal(residual_search(features, books), whole)
     assert torch.equal(oracle(features, books), whole)
