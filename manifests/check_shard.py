@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.errors import StorageError, VerificationFailed
-from manifests.reader import size_problem
+from manifests.reader import shard_problem
 from manifests.report import Problem
-from manifests.schema import SCHEMA_VERSION, Manifest, ShardEntry
-from manifests.shards import KIND, code_dtype, list_values, open_parquet, read_parquet, shard_schema
+from manifests.schema import SCHEMA_VERSION, FeaturesSpec, Manifest, ShardEntry
+from manifests.shards import list_values, open_parquet, read_parquet, shard_schema, value_column
 from manifests.storage import Store
 
 _LARGEST_SHARD = 1 << 33  # the int32 values of the longest list that Arrow offsets can reach
@@ -45,21 +45,21 @@ def check_shard(store: Store, shard: ShardEntry, manifest: Manifest, *, deep: bo
     def report(code: str, message: str) -> None:
         found.problems.append(Problem(code, shard.path, message))
 
-    problem = size_problem(store, shard)
-    if problem:
-        report("shard_missing" if problem.endswith("is missing") else "shard_size", problem)
+    if problem := shard_problem(store, shard):
+        found.problems.append(problem)
         return found
     path = store.path(shard.path)
     try:
         data = store.read(shard.path) if deep else None
         if data is not None and hashlib.sha256(data).hexdigest() != shard.sha256:
-            report("shard_sha256", f"{path} is damaged: its sha256 is not that of the manifest")
+            report("shard_sha256", f"{path} is damaged (another sha256): delete it and run the tokenize job again")
             return found  # whatever else it says is not worth believing, nor safe to parse
         source = path if data is None else pa.py_buffer(data)
         with open_parquet(source, path) as file:
             readable = _check_footer(file, shard, manifest, report)
         if deep and readable:
-            _check_rows(read_parquet(source, path, [*IDENTITY_COLUMNS, "view_boxes", "codes"]), manifest, found, report)
+            columns = [*IDENTITY_COLUMNS, "view_boxes", manifest.kind]
+            _check_rows(read_parquet(source, path, columns), manifest, found, report)
     except VerificationFailed as error:
         report("shard_schema", str(error))
     except StorageError as error:
@@ -72,13 +72,14 @@ def _check_footer(
 ) -> bool:
     """Whether the rows can be read as a shard's."""
     schema = file.schema_arrow
-    wanted = shard_schema(code_dtype(manifest.tokenizer.codebook_sizes))
+    column = value_column(manifest.producer)
+    wanted = shard_schema(column)
     wrong = [field.name for field in wanted if not _has(schema, field)]
     if wrong:
         report("shard_schema", f"{shard.path} lacks these columns or has them with another type: {', '.join(wrong)}")
     marks = {
         "schema_version": (str(SCHEMA_VERSION), "shard_schema"),
-        "kind": (KIND, "shard_schema"),
+        **{name.removeprefix("asvr."): (value, "shard_schema") for name, value in column.marks.items()},
         "unit": (shard.unit, "shard_schema"),
         "fingerprint": (manifest.fingerprint, "fingerprint_mismatch"),
     }
@@ -101,22 +102,32 @@ def _has(schema: pa.Schema, field: pa.Field) -> bool:
 
 
 def _check_rows(table: pa.Table, manifest: Manifest, found: ShardFindings, report: Callable[[str, str], None]) -> None:
-    spec = manifest.tokenizer
+    spec = manifest.producer
     found.rows = table.select(IDENTITY_COLUMNS).replace_schema_metadata(None)
     names = table["image_id"]
-    values, offsets = list_values(table["codes"])
+    values, offsets = list_values(table[manifest.kind])
     boxes, box_offsets = list_values(table["view_boxes"])
     lengths, box_lengths = np.diff(offsets), np.diff(box_offsets)
-    found.codes, found.views = int(lengths.sum()), int(box_lengths.sum()) // 4
-    per_view = spec.positions * spec.depth
+    found.views = int(box_lengths.sum()) // 4
+    per_view = spec.positions * spec.values
     bad = np.flatnonzero((lengths == 0) | (lengths * 4 != box_lengths * per_view))
     if len(bad):
         report(
             "row_length",
-            f"{len(bad)} rows, first {names[int(bad[0])].as_py()!r}, do not have {per_view} codes for each view",
+            f"{len(bad)} rows, first {names[int(bad[0])].as_py()!r}, do not have {per_view} {manifest.kind} for each view",
         )
     if not np.isfinite(boxes).all():
         report("row_length", "some view_boxes are not finite")
+    if isinstance(spec, FeaturesSpec):
+        finite = value_column(spec).finite(values)
+        if not finite.all():
+            rows = np.unique(np.searchsorted(offsets, np.flatnonzero(~finite), side="right") - 1)
+            report(
+                "not_finite",
+                f"{len(rows)} rows, first {names[int(rows[0])].as_py()!r}, have features that are NaN or infinite",
+            )
+        return
+    found.codes = int(lengths.sum())
     if (lengths % spec.depth).any():
         return  # depths cannot be told apart
     codes_ND: npt.NDArray[Any] = values.reshape(-1, spec.depth)

@@ -91,7 +91,7 @@ class CommitRecord(Frozen):
     shard: ShardEntry | None = Field(description="None when every member was rejected")
     members: MemberColumns
     rejects: list[RejectRow] = Field(description="in the order of the members")
-    usage: str = Field(description="how often each code occurs, see `manifests.usage.encode_usage`")
+    usage: str = Field(description="how often each code occurs, see `manifests.usage.encode_usage`; empty for features")
     views: int = Field(ge=0)
     codes: int = Field(ge=0)
     numerics: Numerics

@@ -33,6 +33,7 @@ from manifests.schema import (
     FileEntry,
     Geometry,
     Manifest,
+    Producer,
     Provenance,
     ShardEntry,
     SourceIdentity,
@@ -109,10 +110,13 @@ def unit_order(unit: str) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class ManifestHeader:
-    """What a manifest says beside its commits; the fingerprint is that of `fingerprint_keys`."""
+    """What a manifest says beside its commits; the fingerprint is that of `fingerprint_keys`.
+
+    `codebooks` is empty where `tokenizer` makes features.
+    """
 
     fingerprint_keys: dict[str, Any]
-    tokenizer: TokenizerSpec
+    tokenizer: Producer
     geometry: Geometry
     codebooks: Sequence[npt.NDArray[np.float32]]
     source: SourceIdentity
@@ -130,8 +134,7 @@ def assemble_manifest(store: Store, header: ManifestHeader, records: Iterable[Co
     an image_id that two units share.
     """
     mark = fingerprint(header.fingerprint_keys)
-    sizes = header.tokenizer.codebook_sizes
-    gathered = _gather(store, records, mark, sizes)
+    gathered = _gather(store, records, mark, header.tokenizer.codebook_sizes)
     shards, index, rejects = gathered.shards(), gathered.index(), gathered.rejects()
     _refuse_duplicates(store, pa.chunked_array(index["image_id"].chunks + rejects["image_id"].chunks, pa.string()))
     shards_file = None
@@ -139,11 +142,10 @@ def assemble_manifest(store: Store, header: ManifestHeader, records: Iterable[Co
         listing = json.dumps([shard.model_dump() for shard in shards], separators=(",", ":"))
         shards_file = FileEntry(**_put(store, "shards-{}.json.zst", compress(listing.encode())))
     manifest = Manifest(
+        **_kind_keys(store, header, gathered.usage),
         fingerprint=mark,
         fingerprint_keys=header.fingerprint_keys,
-        tokenizer=header.tokenizer,
         geometry=header.geometry,
-        codebook=FileEntry(**_put(store, "codebook-{}.safetensors", encode_codebooks(header.codebooks))),
         source=header.source,
         shards=[] if shards_file else shards,
         shards_file=shards_file,
@@ -158,7 +160,6 @@ def assemble_manifest(store: Store, header: ManifestHeader, records: Iterable[Co
             views=gathered.views,
             codes=gathered.codes,
         ),
-        usage=[depth_usage(counts) for counts in gathered.usage],
         provenance=Provenance(
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             command=header.command,
@@ -167,6 +168,15 @@ def assemble_manifest(store: Store, header: ManifestHeader, records: Iterable[Co
         ),
     )
     return _publish(store, manifest)
+
+
+def _kind_keys(store: Store, header: ManifestHeader, usage: Sequence[npt.NDArray[np.uint64]]) -> dict[str, Any]:
+    """What a manifest says that depends on the kind of its shards; the codebook is written here."""
+    spec = header.tokenizer
+    if not isinstance(spec, TokenizerSpec):
+        return {"kind": "features", "features": spec}
+    codebook = FileEntry(**_put(store, "codebook-{}.safetensors", encode_codebooks(header.codebooks)))
+    return {"tokenizer": spec, "codebook": codebook, "usage": [depth_usage(counts) for counts in usage]}
 
 
 @dataclass(frozen=True)

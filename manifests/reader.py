@@ -24,16 +24,27 @@ from pydantic import TypeAdapter, ValidationError
 from manifests.codebook import decode_codebooks
 from manifests.documents import decompress, first_problem
 from manifests.errors import InputError, VerificationFailed
-from manifests.schema import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, ShardEntry
+from manifests.report import Problem
+from manifests.schema import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    FeaturesSpec,
+    FileEntry,
+    Kind,
+    Manifest,
+    ShardEntry,
+    TokenizerSpec,
+)
 from manifests.shards import (
+    INDEX_SCHEMA,
     UNREADABLE,
-    code_dtype,
     damaged,
     list_values,
     open_parquet,
     read_parquet,
     read_shard,
     shard_schema,
+    value_column,
 )
 from manifests.storage import Store
 
@@ -58,14 +69,35 @@ class OpenManifest:
     def store(self) -> Store:
         return Store.open(self.folder)
 
+    @property
+    def tokenizer(self) -> TokenizerSpec:
+        """What made the codes; `InputError` if this is a set of features."""
+        if self.manifest.tokenizer is None:
+            raise InputError(f"{self.folder} holds features, not codes: give a token set whose tokenizer makes codes")
+        return self.manifest.tokenizer
+
+    @property
+    def codebook(self) -> FileEntry:
+        """The file of the codebooks; `InputError` if this is a set of features."""
+        if self.manifest.codebook is None:
+            raise InputError(f"{self.folder} holds features, which have no codebook: give a token set with codes")
+        return self.manifest.codebook
+
+    @property
+    def features(self) -> FeaturesSpec:
+        """What made the features; `InputError` if this is a set of codes."""
+        if self.manifest.features is None:
+            raise InputError(
+                f"{self.folder} holds codes, not features: give a token set whose tokenizer is of kind features or vae"
+            )
+        return self.manifest.features
+
     def codebooks(self) -> list[npt.NDArray[np.float32]]:
         """The D codebooks, float32 (K, code_dim); `VerificationFailed` when they are not those of the manifest."""
-        spec = self.manifest.tokenizer
+        spec, entry = self.tokenizer, self.codebook
         # 64 KiB hold the header of a safetensors file with any believable depth.
-        data = read_entry(
-            self.store, self.manifest.codebook, limit=4 * spec.code_dim * sum(spec.codebook_sizes) + (64 << 10)
-        )
-        name = str(self.store.path(self.manifest.codebook.path))
+        data = read_entry(self.store, entry, limit=4 * spec.code_dim * sum(spec.codebook_sizes) + (64 << 10))
+        name = str(self.store.path(entry.path))
         return decode_codebooks(data, spec.codebook_sizes, spec.code_dim, name)
 
     def index(self) -> pa.Table:
@@ -80,14 +112,27 @@ class OpenManifest:
         """The codes (V, P, D) of some images, in the order asked; `InputError` names an image the set lacks.
 
         Ask for many at a time: each call looks through the whole index, and a shard's row group is decoded once
-        for all the images in it.
+        for all the images in it. A set of features is an `InputError`.
         """
+        _ = self.tokenizer
+        return self._read(image_ids, "codes")
+
+    def read_features(self, image_ids: Sequence[str]) -> list[npt.NDArray[np.floating[Any]]]:
+        """The features (V, P, n) of some images, in the order asked, as `read_codes` does.
+
+        float32 or float16 as the set holds them; bfloat16, which numpy lacks, as the float32 of the same value (the
+        upper 16 of its bits are what is stored). A set of codes is an `InputError`.
+        """
+        column = value_column(self.features)
+        return [column.widened(stored) for stored in self._read(image_ids, "features")]
+
+    def _read(self, image_ids: Sequence[str], kind: Kind) -> list[npt.NDArray[Any]]:
         wanted = pa.array(image_ids, pa.string())
         places = pc.index_in(wanted, value_set=self._index["image_id"])
         if places.null_count:
             absent = wanted.filter(pc.is_null(places))
             raise InputError(
-                f"{self.folder} has no codes of {absent[0].as_py()!r} ({len(absent)} such images): "
+                f"{self.folder} has no {kind} of {absent[0].as_py()!r} ({len(absent)} such images): "
                 "tokenize the images first, or see its rejects"
             )
         at = places.to_numpy(zero_copy_only=False)
@@ -96,8 +141,8 @@ class OpenManifest:
         found: list[Any] = [None] * len(at)
         for ordinal in np.unique(ordinals):
             mine = np.flatnonzero(ordinals == ordinal)
-            for place, codes in zip(mine, self._rows_of_shard(self.shards[ordinal], rows[mine]), strict=True):
-                found[place] = codes
+            for place, values in zip(mine, self._rows_of_shard(self.shards[ordinal], rows[mine]), strict=True):
+                found[place] = values
         return found
 
     def iter_shards(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -107,15 +152,24 @@ class OpenManifest:
 
     @cached_property
     def _index(self) -> pa.Table:
-        return self._table(self.manifest.index).combine_chunks()
+        entry = self.manifest.index
+        table = self._table(entry).combine_chunks()
+        ordinals = table["shard"].to_numpy() if table.schema.equals(INDEX_SCHEMA) else None
+        if ordinals is None or (ordinals.size and not 0 <= ordinals.min() <= ordinals.max() < len(self.shards)):
+            raise VerificationFailed(
+                f"{self.store.path(entry.path)} is not an index of the manifest's shards: "
+                "run the tokenize stage again to write it anew"
+            )
+        return table
 
     def _table(self, entry: FileEntry) -> pa.Table:
         data = read_entry(self.store, entry, limit=entry.bytes)
         return read_parquet(pa.py_buffer(data), self.store.path(entry.path))
 
     def _rows_of_shard(self, shard: ShardEntry, rows: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[Any]]:
-        """The codes of some rows, in the order asked; only their row groups are decoded."""
-        spec = self.manifest.tokenizer
+        """The codes or features of some rows, in the order asked; only their row groups are decoded."""
+        spec = self.manifest.producer
+        column = value_column(spec)
         path = self.store.path(shard.path)
         with open_parquet(path, path) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -125,20 +179,22 @@ class OpenManifest:
             groups = np.searchsorted(starts, rows, side="right") - 1
             needed, ranks = np.unique(groups, return_inverse=True)
             try:
-                table = file.read_row_groups(needed.tolist(), columns=["codes"])
+                table = file.read_row_groups(needed.tolist(), columns=[column.kind])
             except UNREADABLE as error:
                 raise damaged(path, error) from error
-        wanted = shard_schema(code_dtype(spec.codebook_sizes)).field("codes")
-        if table.schema.names != ["codes"] or not table.schema.field("codes").equals(wanted):
+        wanted = shard_schema(column).field(column.kind)
+        if table.schema.names != [column.kind] or not table.schema.field(column.kind).equals(wanted):
             raise damaged(path, ValueError(f"it does not have the column {wanted}"))
-        values, offsets = list_values(table["codes"])
+        values, offsets = list_values(table[column.kind])
         # Where each group that was read starts in the table, so that a row of the shard becomes a row of the table.
         bases = np.concatenate([[0], np.cumsum(np.asarray(sizes)[needed])])
         for row in bases[ranks] + rows - starts[groups]:
-            codes = values[offsets[row] : offsets[row + 1]]
-            if not codes.size or codes.size % (spec.positions * spec.depth):
-                raise VerificationFailed(f"{path} has a row of {codes.size} codes: run asvr verify on its folder")
-            yield codes.reshape(-1, spec.positions, spec.depth).copy()  # a view would keep the whole table alive
+            mine = values[offsets[row] : offsets[row + 1]]
+            if not mine.size or mine.size % (spec.positions * spec.values):
+                raise VerificationFailed(
+                    f"{path} has a row of {mine.size} {column.kind}: run asvr verify on its folder"
+                )
+            yield mine.reshape(-1, spec.positions, spec.values).copy()  # a view would keep the whole table alive
 
 
 def open_manifest(path: str | Path) -> OpenManifest:
@@ -187,11 +243,18 @@ def read_manifest(path: str | Path) -> tuple[Store, Manifest, bytes]:
 def size_problem(store: Store, entry: FileEntry) -> str | None:
     """What is wrong with a file's presence or size, or None."""
     path = store.path(entry.path)
-    try:
-        found = path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
+    found = store.size_if_there(entry.path)
+    if found is None:
         return f"{path} is missing"
     return None if found == entry.bytes else f"{path} has {found} bytes, its manifest says {entry.bytes}"
+
+
+def shard_problem(store: Store, shard: ShardEntry) -> Problem | None:
+    """`size_problem` of a shard as a problem with its code."""
+    message = size_problem(store, shard)
+    if message is None:
+        return None
+    return Problem("shard_size" if store.exists(shard.path) else "shard_missing", shard.path, message)
 
 
 def read_entry(store: Store, entry: FileEntry, *, limit: int) -> bytes:
@@ -225,7 +288,7 @@ def read_shard_list(store: Store, entry: FileEntry) -> list[ShardEntry]:
 def _invalid(place: Path, data: bytes, error: ValidationError) -> str:
     try:
         version = json.loads(data)["schema_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         version = SCHEMA_VERSION
     if isinstance(version, int) and version > SCHEMA_VERSION:
         return f"{place} has schema version {version}, this asvr reads up to {SCHEMA_VERSION}: update asvr"

@@ -68,7 +68,7 @@ def read_records(path: Path | str) -> Iterator[Record | BadRecord]:
         file = path.open("rb")
     except OSError as error:
         raise InputError(f"cannot open the records {path}: {error.strerror}") from None
-    lines = ".jsonl" in path.suffixes[-2:] or path.name.lower().endswith((".jsonl", ".jsonl.zst"))
+    lines = path.name.lower().endswith((".jsonl", ".jsonl.zst"))
     return _read(path, file, lines)
 
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from pathlib import Path
 
 from manifests.rejects import Reject, RejectReason
+
+MAX_FILE_BYTES = 2**31 - 1
+"""Largest image file that is read into memory."""
 
 _MAX_NAME_BYTES = 255  # of one path component, on every usual file system
 _MAX_REF_BYTES = 4_095  # of a whole path on Linux
@@ -82,16 +86,25 @@ def read_image(root: Path | str, ref: object) -> bytes:
     """The bytes of a referenced image.
 
     Raises what `resolve_inside` raises, Reject(missing) when there is no such file, Reject(unreadable) when it is a
-    folder, a device or not permitted. Other OSErrors (the disk, the network) pass: they say nothing about the image.
+    folder, a device or not permitted, Reject(unsupported) above MAX_FILE_BYTES. Other OSErrors (the disk, the network)
+    pass: they say nothing about the image.
     """
     path = resolve_inside(root, ref)
     try:
         # A named pipe would block the open for ever without O_NONBLOCK, which regular files ignore.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if not path.is_file():
+        try:
+            # Before fdopen, which refuses a folder and then leaves its descriptor open.
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise Reject(RejectReason.UNREADABLE, f"{path} is not a regular file")
-            return file.read()
+            if found.st_size > MAX_FILE_BYTES:
+                message = f"{path} has {found.st_size} bytes, and files above {MAX_FILE_BYTES} are not read"
+                raise Reject(RejectReason.UNSUPPORTED, message)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno in _MISSING:
             raise Reject(RejectReason.MISSING, f"there is no file {path}") from None

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 SCHEMA_VERSION = 1
 """Version of the shard columns and of the manifest document, part of every fingerprint."""
@@ -21,6 +30,11 @@ MANIFEST_NAME = "manifest.json"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RelativePath = Annotated[str, Field(min_length=1)]
 
+Kind = Literal["codes", "features"]
+"""What stands in the shards: ids of codebook vectors, or continuous vectors; also the name of their column."""
+
+FeatureDtype = Literal["float32", "float16", "bfloat16"]
+
 
 class Frozen(BaseModel):
     """Base of the contract's records: immutable, and an unknown key is an error."""
@@ -28,11 +42,9 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TokenizerSpec(Frozen):
-    """What a visual tokenizer is and the shape of what it makes.
-
-    One view of `view_size` x `view_size` pixels becomes `positions = grid[0] * grid[1]` positions of
-    `depth` codes; the code at level d is an id in `0 .. codebook_sizes[d] - 1`.
+class ProducerSpec(Frozen):
+    """What turns views into the values of a shard. One view of `view_size` x `view_size` pixels becomes
+    `positions = grid[0] * grid[1]` positions.
     """
 
     kind: str
@@ -41,6 +53,18 @@ class TokenizerSpec(Frozen):
     weights_sha256: dict[str, Sha256] = Field(description="every file whose bytes decide a code")
     view_size: PositiveInt
     grid: tuple[PositiveInt, PositiveInt] = Field(description="(rows, columns) of positions in a view")
+
+    @property
+    def positions(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class TokenizerSpec(ProducerSpec):
+    """What a visual tokenizer is and the shape of what it makes.
+
+    A position has `depth` codes; the code at level d is an id in `0 .. codebook_sizes[d] - 1`.
+    """
+
     codebook_sizes: tuple[PositiveInt, ...] = Field(description="K of each depth", min_length=1)
     code_dim: PositiveInt = Field(description="width of a codebook vector")
     residual: bool = Field(default=True, description="depth d quantises what depths before it left over")
@@ -51,8 +75,30 @@ class TokenizerSpec(Frozen):
         return len(self.codebook_sizes)
 
     @property
-    def positions(self) -> int:
-        return self.grid[0] * self.grid[1]
+    def values(self) -> int:
+        """Numbers stored for a position."""
+        return self.depth
+
+
+class FeaturesSpec(ProducerSpec):
+    """What makes continuous features, and their shape: a position has `width` numbers of type `dtype`."""
+
+    width: PositiveInt
+    dtype: FeatureDtype = Field(description="of the stored numbers; bfloat16 as its 16 bits in a uint16")
+    settings: dict[str, Any] = Field(default_factory=dict, description="kind-specific choices that decide a feature")
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """None at all: what is counted by code is empty for features."""
+        return ()
+
+    @property
+    def values(self) -> int:
+        """Numbers stored for a position."""
+        return self.width
+
+
+Producer = TokenizerSpec | FeaturesSpec
 
 
 class Geometry(Frozen):
@@ -122,7 +168,7 @@ class Totals(Frozen):
     source_errors: int = Field(ge=0, description="records or containers that named no readable image, counted apart")
     rejected_by_reason: dict[str, int] = Field(default_factory=dict)
     views: int = Field(ge=0)
-    codes: int = Field(ge=0)
+    codes: int = Field(ge=0, description="0 in a set of features")
 
     @model_validator(mode="after")
     def _adds_up(self) -> Totals:
@@ -149,25 +195,62 @@ class Provenance(Frozen):
     numerics: list[Numerics] = Field(description="each distinct record among the units' workers")
 
 
+_ONLY = {"codes": ("tokenizer", "codebook", "usage"), "features": ("features",)}
+"""The keys that a manifest of one kind has, and a manifest of the other kind does not."""
+
+
 class Manifest(Frozen):
-    """The dataset: everything a reader may use, and nothing that is not committed."""
+    """The dataset: everything a reader may use, and nothing that is not committed.
+
+    Kind `codes` has `tokenizer`, `codebook` and `usage`; kind `features` has `features` instead.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"kind": {"const": "features"}}, "required": ["kind"]},
+            "then": {"required": list(_ONLY["features"])},
+            "else": {"required": list(_ONLY["codes"])},
+        }
+    )
 
     format: Literal["asvr-manifest"] = "asvr-manifest"
     schema_version: Literal[1] = 1
-    kind: Literal["codes"] = "codes"
+    kind: Kind = "codes"
     fingerprint: Sha256
     fingerprint_keys: dict[str, Any] = Field(description="what the fingerprint is a hash of")
-    tokenizer: TokenizerSpec
+    tokenizer: TokenizerSpec | None = None
+    features: FeaturesSpec | None = None
     geometry: Geometry
-    codebook: FileEntry = Field(description="safetensors; tensors `depth_0` .. `depth_{D-1}`, float32 (K, code_dim)")
+    codebook: FileEntry | None = Field(
+        default=None, description="safetensors; tensors `depth_0` .. `depth_{D-1}`, float32 (K, code_dim)"
+    )
     source: SourceIdentity
     shards: list[ShardEntry]
     shards_file: FileEntry | None = Field(default=None, description="zstd JSON list, used above 10,000 shards")
     index: TableEntry = Field(description="Parquet: one row per ok image, in shard order")
     rejects: TableEntry = Field(description="Parquet: one row per rejected image")
     totals: Totals
-    usage: list[DepthUsage]
+    usage: list[DepthUsage] | None = None
     provenance: Provenance
+
+    @property
+    def producer(self) -> Producer:
+        """What made the shards, whichever kind they are."""
+        return cast("Producer", self.tokenizer or self.features)  # one of them is there, see the validator below
+
+    @model_validator(mode="after")
+    def _has_the_keys_of_its_kind(self) -> Manifest:
+        for kind, names in _ONLY.items():
+            for name in names:
+                if (getattr(self, name) is None) == (kind == self.kind):
+                    raise ValueError(f"a manifest of {self.kind} {'lacks' if kind == self.kind else 'has'} {name}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_other_kinds_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Manifests of codes are written as they were before there were features, byte for byte."""
+        other = _ONLY["features" if self.kind == "codes" else "codes"]
+        return {name: value for name, value in handler(self).items() if name not in other}
 
 
 def published_schema() -> str:

@@ -1,4 +1,4 @@
-"""Shards: the Parquet files that hold codes, and the Parquet side files (index, rejects) beside the manifest.
+"""Shards: the Parquet files that hold codes or features, and the Parquet side files (index, rejects) beside the manifest.
 
 Plain Arrow types only, so pyarrow, pandas and DuckDB read them without this package. Measured on random 14-bit
 codes: byte-stream-split + zstd-1 gives 1.77 bytes a code, plain + zstd 2.38, and row groups of 64 to 128 rows
@@ -17,12 +17,33 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from manifests.columns import ROW_GROUP_ROWS, ValueColumn, code_column, code_dtype, feature_column, value_column
 from manifests.errors import VerificationFailed
-from manifests.schema import SCHEMA_VERSION
+from manifests.schema import SCHEMA_VERSION, FeatureDtype
 
-ROW_GROUP_ROWS = 128
+__all__ = [
+    "INDEX_SCHEMA",
+    "REJECTS_SCHEMA",
+    "ROW_GROUP_ROWS",
+    "UNREADABLE",
+    "Locator",
+    "ShardData",
+    "ValueColumn",
+    "code_dtype",
+    "damaged",
+    "encode_index",
+    "encode_rejects",
+    "encode_shard",
+    "list_values",
+    "open_parquet",
+    "read_parquet",
+    "read_shard",
+    "shard_name",
+    "shard_schema",
+    "value_column",
+]
+
 TABLE_ROW_GROUP_ROWS = 1 << 20
-KIND = "codes"
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises for a damaged file; `ValueError` for names in the footer that are not UTF-8."""
@@ -43,7 +64,8 @@ class ShardData:
     """The rows of one shard as columns, N images in source order.
 
     `view_boxes`: (N, V, 4) or one (V, 4) per image, float32, x0 y0 x1 y1 in pixels of the oriented source.
-    `codes`: (N, L) or one (L,) per image, integers, row-major over view, position, depth.
+    `codes`: (N, L) or one (L,) per image, integers, row-major over view, position, depth; or features as stored
+    (bfloat16 as uint16 bits), row-major over view, position, width.
     `extra`: N rows of source columns to carry along, or None.
     """
 
@@ -53,17 +75,16 @@ class ShardData:
     heights: npt.ArrayLike
     view_boxes: npt.NDArray[np.float32] | Sequence[npt.NDArray[np.float32]]
     locators: Sequence[Locator]
-    codes: npt.NDArray[np.integer[Any]] | Sequence[npt.NDArray[np.integer[Any]]]
+    codes: npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
     extra: pa.Table | None = None
 
 
-def code_dtype(codebook_sizes: Sequence[int]) -> np.dtype[Any]:
-    """uint16 while every code fits, uint32 above 65,536 codes."""
-    return np.dtype(np.uint16 if max(codebook_sizes) <= 1 << 16 else np.uint32)
+def shard_schema(codes: np.dtype[Any] | ValueColumn) -> pa.Schema:
+    """The columns of every shard; source columns that are carried along come after them.
 
-
-def shard_schema(codes: np.dtype[Any]) -> pa.Schema:
-    """The columns of every shard; source columns that are carried along come after them."""
+    `codes`: the type of the codes, or the column of another kind of shard.
+    """
+    column = codes if isinstance(codes, ValueColumn) else code_column(codes)
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
@@ -74,7 +95,7 @@ def shard_schema(codes: np.dtype[Any]) -> pa.Schema:
             pa.field("file", pa.string(), nullable=False),
             pa.field("offset", pa.int64(), nullable=False),
             pa.field("length", pa.int64(), nullable=False),
-            pa.field("codes", _list_of(pa.from_numpy_dtype(codes)), nullable=False),
+            column.field,
         ]
     )
 
@@ -109,14 +130,22 @@ REJECTS_SCHEMA = pa.schema(
 
 
 def encode_shard(
-    data: ShardData, *, fingerprint: str, unit: str, code_dtype: np.dtype[Any] | type[np.unsignedinteger[Any]]
+    data: ShardData,
+    *,
+    fingerprint: str,
+    unit: str,
+    code_dtype: np.dtype[Any] | type[np.unsignedinteger[Any]] = np.uint16,
+    feature_dtype: FeatureDtype | None = None,
 ) -> bytes:
-    """The Parquet bytes of a shard; the same input gives the same bytes with the same pyarrow.
+    """The Parquet bytes of a shard, of codes or, with `feature_dtype`, of features.
 
-    Raises `ValueError` when columns disagree in length or a code does not fit `code_dtype`.
+    The same input gives the same bytes with the same pyarrow. Raises `ValueError` when columns disagree in length, a
+    code does not fit `code_dtype`, or features are not stored as `feature_dtype`.
     """
-    dtype = np.dtype(code_dtype)
-    schema = shard_schema(dtype)
+    column = feature_column(feature_dtype) if feature_dtype else code_column(code_dtype)
+    schema = shard_schema(column)
+    if feature_dtype and (other := {str(row.dtype) for row in data.codes} - {str(column.dtype)}):
+        raise ValueError(f"{feature_dtype} features are stored as {column.dtype}, not {', '.join(sorted(other))}")
     locators = list(data.locators)
     columns: list[Any] = [
         pa.array(data.image_ids, pa.string()),
@@ -127,7 +156,7 @@ def encode_shard(
         pa.array([locator.file for locator in locators], pa.string()),
         pa.array(np.fromiter((locator.offset for locator in locators), np.int64, len(locators))),
         pa.array(np.fromiter((locator.length for locator in locators), np.int64, len(locators))),
-        _list_column(data.codes, dtype),
+        _list_column(data.codes, column.dtype),
     ]
     extra = pa.table({}) if data.extra is None else data.extra
     lengths = {name: len(column) for name, column in zip(schema.names, columns, strict=True)}
@@ -142,7 +171,7 @@ def encode_shard(
             "asvr.schema_version": str(SCHEMA_VERSION),
             "asvr.fingerprint": fingerprint,
             "asvr.unit": unit,
-            "asvr.kind": KIND,
+            **column.marks,
         }
     )
     sink = pa.BufferOutputStream()
@@ -152,12 +181,11 @@ def encode_shard(
         compression="zstd",
         compression_level=1,
         use_dictionary=["file", *extra.schema.names],
-        # The path of a list's leaves: options asked for by the name `codes` silently do nothing.
-        column_encoding={"codes.list.element": "BYTE_STREAM_SPLIT"},
+        column_encoding={column.leaf: "BYTE_STREAM_SPLIT"},
         write_statistics=["image_id", "width", "height"],
         write_page_checksum=True,
     ) as writer:
-        writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+        writer.write_table(table, row_group_size=column.group_rows(max((row.size for row in data.codes), default=0)))
     return bytes(sink.getvalue())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from manifests.commits import commit_path, list_commits, read_commit
 from manifests.errors import InputError, VerificationFailed
-from manifests.reader import load_manifest, size_problem
+from manifests.reader import load_manifest, shard_problem
 from manifests.report import Problem, State, StatusReport
 from manifests.schema import MANIFEST_NAME
 from manifests.storage import LEASE_NAME, Store
@@ -30,12 +30,7 @@ def status(folder: str | Path) -> StatusReport:
     except VerificationFailed as error:
         problems = [Problem("manifest_invalid", MANIFEST_NAME, str(error))]
         return StatusReport(problems=problems, state="in progress" if owner else "interrupted", owner=held)
-    problems = []
-    for shard in opened.shards:
-        problem = size_problem(store, shard)
-        if problem:
-            code = "shard_missing" if problem.endswith("is missing") else "shard_size"
-            problems.append(Problem(code, shard.path, problem))
+    problems = [problem for shard in opened.shards if (problem := shard_problem(store, shard))]
     state: State = "complete"
     if owner:
         state = "in progress"
@@ -61,11 +56,11 @@ def _committed_since(store: Store, listed: set[str]) -> bool:
     """
     written = store.path(MANIFEST_NAME).stat().st_mtime_ns
     for unit in list_commits(store):
-        if store.path(commit_path(unit)).stat().st_mtime_ns <= written:
-            continue
         try:
+            if store.path(commit_path(unit)).stat().st_mtime_ns <= written:
+                continue
             record = read_commit(store, unit)
-        except VerificationFailed:
+        except (FileNotFoundError, VerificationFailed):  # a driver that started a moment ago may take records away
             return True
         if record.shard and record.shard.path not in listed:
             return True

@@ -21,6 +21,9 @@ __all__ = ["LEASE_NAME", "TEMPORARY_PREFIX", "LeaseOwner", "Store", "cache_dir",
 
 LEASE_NAME = ".lease"
 
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
+"""What the system says of a path at which nothing is, or nothing can be."""
+
 
 class Store:
     """A folder addressed by relative POSIX paths. Its methods raise `StorageError` when the system refuses."""
@@ -52,13 +55,18 @@ class Store:
 
     def exists(self, rel: str) -> bool:
         """Whether `rel` is a file or folder of the store."""
+        return self.size_if_there(rel) is not None
+
+    def size_if_there(self, rel: str) -> int | None:
+        """The size of `rel` in bytes, or None where nothing is."""
         path = self.path(rel)
         with storage_errors("read", path):
             try:
-                path.stat()
-            except (FileNotFoundError, NotADirectoryError):
-                return False
-            return True
+                return path.stat().st_size
+            except OSError as error:
+                if error.errno in _ABSENT:
+                    return None
+                raise
 
     def size(self, rel: str) -> int:
         """The size of `rel` in bytes."""
@@ -113,5 +121,5 @@ class Store:
 
 
 def _raise_unless_absent(error: OSError) -> None:
-    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+    if error.errno not in _ABSENT:
         raise error

@@ -16,7 +16,12 @@ from manifests.schema import DepthUsage
 
 
 def encode_usage(counts: Sequence[npt.NDArray[np.integer[Any]]]) -> str:
-    """Histograms of D codebooks, (K_d,) each, as one text: base64 of zstd of little-endian uint32, depth by depth."""
+    """Histograms of D codebooks, (K_d,) each, as one text: base64 of zstd of little-endian uint32, depth by depth.
+
+    Features have no codebooks, and no text either.
+    """
+    if not counts:
+        return ""
     flat = np.concatenate([np.asarray(count).reshape(-1) for count in counts])
     if flat.min() < 0 or flat.max() >= 1 << 32:
         raise ValueError("a code count does not fit 32 bits: make unit_size smaller")
@@ -25,6 +30,10 @@ def encode_usage(counts: Sequence[npt.NDArray[np.integer[Any]]]) -> str:
 
 def decode_usage(text: str, codebook_sizes: Sequence[int]) -> list[npt.NDArray[np.uint32]]:
     """The D histograms, uint32 (K_d,), of `encode_usage`; `ValueError` when they are not of these sizes."""
+    if not codebook_sizes:
+        if text:
+            raise ValueError("it counts codes, but the set is one of features")
+        return []
     total = sum(codebook_sizes)
     try:
         data = decompress(base64.b64decode(text, validate=True), limit=4 * total)

@@ -2,7 +2,7 @@
 
 Codes: manifest_missing, manifest_invalid, shards_file_invalid, fingerprint_mismatch, codebook_missing,
 codebook_sha256, codebook_invalid, index_missing, index_sha256, index_mismatch, rejects_missing, rejects_sha256,
-rejects_mismatch, shard_missing, shard_size, shard_sha256, shard_schema, shard_rows, row_length, code_range,
+rejects_mismatch, shard_missing, shard_size, shard_sha256, shard_schema, shard_rows, row_length, code_range, not_finite,
 duplicate_id, totals, usage, commit_invalid. Files that nothing names are no problem.
 """
 
@@ -102,6 +102,8 @@ def _check_document(manifest: Manifest, shards: Sequence[ShardEntry]) -> Iterato
 
 def _check_codebook(store: Store, manifest: Manifest) -> Iterator[Problem]:
     entry, spec = manifest.codebook, manifest.tokenizer
+    if entry is None or spec is None:
+        return  # features have none
     data = _read_side_file(store, "codebook", entry)
     if isinstance(data, Problem):
         yield data
@@ -167,7 +169,7 @@ def _check_shards(
     deep: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[Problem]:
-    whole = ShardFindings(histograms=[np.zeros(size, np.int64) for size in manifest.tokenizer.codebook_sizes])
+    whole = ShardFindings(histograms=[np.zeros(size, np.int64) for size in manifest.producer.codebook_sizes])
     ids: list[pa.ChunkedArray] = [] if rejects is None else [rejects["image_id"]]
     if not deep and index is not None:
         ids.append(index["image_id"])
@@ -218,12 +220,13 @@ def _check_sums(manifest: Manifest, whole: ShardFindings) -> Iterator[Problem]:
             f"the manifest says {totals.views} and {totals.codes}"
         )
         yield Problem("totals", MANIFEST_NAME, message)
-    for depth, (counts, said) in enumerate(zip(whole.histograms, manifest.usage, strict=False)):
+    usage = manifest.usage or []
+    for depth, (counts, said) in enumerate(zip(whole.histograms, usage, strict=False)):
         real = depth_usage(counts)
         if real.used != said.used or abs(real.perplexity - said.perplexity) > _PERPLEXITY_TOLERANCE:
             message = f"the codes of depth {depth} have {real}, the manifest says {said}"
             yield Problem("usage", MANIFEST_NAME, message)
-    if len(manifest.usage) != manifest.tokenizer.depth:
+    if len(usage) != len(manifest.producer.codebook_sizes):
         yield Problem("usage", MANIFEST_NAME, "the manifest does not state the usage of each depth")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -76,34 +76,15 @@ class GeometryConfig(StageModel):
 SourceConfig = Annotated[FolderSource | LlavaSource, Field(discriminator="kind")]
 
 
-class TokenizerModel(StageModel):
-    """Base of the tokenizers' configurations."""
-
-    LOCATIONS: ClassVar[tuple[str, ...]] = ("path",)
-    """The fields that name files or folders."""
-
-    def absolute(self) -> Self:
-        """The same with local paths made absolute, for workers that run in another folder; hub ids stay."""
-        values = {name: getattr(self, name) for name in self.LOCATIONS}
-        return self.model_copy(
-            update={
-                name: type(value)(Path(value).absolute())
-                for name, value in values.items() if value is not None and Path(value).exists()
-            }
-        )  # fmt: skip
-
-
-class FittedTokenizer(TokenizerModel):
+class FittedTokenizer(StageModel):
     """A Hugging Face vision encoder and the codebooks that `asvr fit-codebook` learnt on it."""
 
     kind: Literal["fitted"] = "fitted"
     path: Path = Field(description="folder that `asvr fit-codebook` wrote")
 
 
-class DualTokenTokenizer(TokenizerModel):
+class DualTokenTokenizer(StageModel):
     """A DualToken checkpoint: SigLIP features of two depths, each with its residual codebooks."""
-
-    LOCATIONS = ("config", "checkpoint", "encoder_config")
 
     kind: Literal["dualtoken"] = "dualtoken"
     config: HubOrPath = Field(description="JSON file of the tokenizer's configuration")
@@ -114,10 +95,8 @@ class DualTokenTokenizer(TokenizerModel):
     branch: Literal["semantic", "appearance"] = "semantic"
 
 
-class VilaUTokenizer(TokenizerModel):
+class VilaUTokenizer(StageModel):
     """The vision tower of a VILA-U model."""
-
-    LOCATIONS = ("path", "encoder_config")
 
     kind: Literal["vila_u"] = "vila_u"
     path: HubOrPath = Field(description="folder of the tower: config.json and safetensors weights")
@@ -126,10 +105,8 @@ class VilaUTokenizer(TokenizerModel):
     )
 
 
-class TaTokTokenizer(TokenizerModel):
+class TaTokTokenizer(StageModel):
     """A TA-Tok checkpoint: one code a position, always the nearest one."""
-
-    LOCATIONS = ("checkpoint", "encoder_config")
 
     kind: Literal["ta_tok"] = "ta_tok"
     checkpoint: HubOrPath = Field(description="`ta_tok.pth`")
@@ -154,10 +131,8 @@ class ViTaminConfig(StageModel):
         return self
 
 
-class UniTokTokenizer(TokenizerModel):
+class UniTokTokenizer(StageModel):
     """A UniTok checkpoint: independent sub-codebooks, not residual ones."""
-
-    LOCATIONS = ("checkpoint",)
 
     kind: Literal["unitok"] = "unitok"
     checkpoint: HubOrPath = Field(description="`unitok_tokenizer.pth`")
@@ -166,7 +141,7 @@ class UniTokTokenizer(TokenizerModel):
     )
 
 
-class QlipTokenizer(TokenizerModel):
+class QlipTokenizer(StageModel):
     """A QLIP model: the bits of its binary spherical quantiser, grouped into codes.
 
     The published weights are for non-commercial use only.
@@ -181,7 +156,7 @@ class QlipTokenizer(TokenizerModel):
     )
 
 
-class HfVqTokenizer(TokenizerModel):
+class HfVqTokenizer(StageModel):
     """An image VQ model that transformers ships: Chameleon, Emu3, Janus or GLM-Image."""
 
     kind: Literal["hf_vq"] = "hf_vq"
@@ -197,6 +172,34 @@ class HfVqTokenizer(TokenizerModel):
     )
 
 
+class EncoderConfig(StageModel):
+    """A frozen encoder: its features are stored, or a codebook is fitted on them."""
+
+    path: HubOrPath = Field(description="folder or hub id of a Hugging Face vision model")
+    layer: int = Field(default=-2, description="index into `hidden_states`; layers above it are not run")
+    dtype: ComputeDtype = "float32"
+
+
+class FeaturesTokenizer(StageModel):
+    """The hidden states of a vision encoder, as they are: shards of kind `features`."""
+
+    kind: Literal["features"] = "features"
+    encoder: EncoderConfig
+    view_size: PositiveInt | None = Field(
+        default=None, le=4096, description="edge of a view; default: the size the encoder was trained on"
+    )
+
+
+class VaeTokenizer(StageModel):
+    """The posterior of an image VAE: mean and log-variance of its latents, as shards of kind `features`."""
+
+    kind: Literal["vae"] = "vae"
+    path: HubOrPath = Field(description="folder of a diffusers AutoencoderKL: config.json and safetensors weights")
+    view_size: PositiveInt | None = Field(
+        default=None, le=4096, description="edge of a view, any multiple of the VAE's stride; default: its sample_size"
+    )
+
+
 TokenizerConfig = Annotated[
     FittedTokenizer
     | DualTokenTokenizer
@@ -204,7 +207,9 @@ TokenizerConfig = Annotated[
     | TaTokTokenizer
     | UniTokTokenizer
     | QlipTokenizer
-    | HfVqTokenizer,
+    | HfVqTokenizer
+    | FeaturesTokenizer
+    | VaeTokenizer,
     Field(discriminator="kind"),
 ]
 """`kind` decides the keys, and the modules `identities.KIND` and `tokenizers.KIND` that know the family."""
@@ -234,7 +239,11 @@ class TokenSetConfig(StageModel):
     unit_size: PositiveInt = Field(default=4096, description="images per unit, which is committed at once")
     max_reject_rate: float = Field(default=0.01, ge=0, le=1, description="share of the images that may be rejects")
     max_pixels: PositiveInt = Field(default=DEFAULT_MAX_PIXELS, description="larger images are rejects")
-    dtype: ComputeDtype = Field(default="float32", description="arithmetic of the encoder; the search is exact anyway")
+    dtype: ComputeDtype | None = Field(
+        default=None,
+        description="arithmetic of the encoder, default float32; the search is exact anyway. Of kind features it is "
+        "tokenizer.encoder.dtype, in which they are also stored",
+    )
     device: Device = "auto"
     batch_size: PositiveInt = Field(default=64, description="views per encoder call; the last batch is padded to it")
     torch_threads: PositiveInt | None = Field(
@@ -242,13 +251,20 @@ class TokenSetConfig(StageModel):
     )
     decode_threads: PositiveInt | None = Field(default=None, description="default: the worker's cores, at most 16")
 
+    @property
+    def compute_dtype(self) -> ComputeDtype:
+        """The arithmetic of the encoder."""
+        return (
+            self.tokenizer.encoder.dtype if isinstance(self.tokenizer, FeaturesTokenizer) else self.dtype or "float32"
+        )
 
-class EncoderConfig(StageModel):
-    """The frozen encoder whose features a codebook is fitted on."""
-
-    path: HubOrPath = Field(description="folder or hub id of a Hugging Face vision model")
-    layer: int = Field(default=-2, description="index into `hidden_states`; layers above it are not run")
-    dtype: ComputeDtype = "float32"
+    @model_validator(mode="after")
+    def _one_dtype(self) -> TokenSetConfig:
+        if isinstance(self.tokenizer, FeaturesTokenizer) and self.dtype not in (None, self.compute_dtype):
+            raise ValueError(f"dtype is {self.dtype}, tokenizer.encoder.dtype {self.compute_dtype}: leave out dtype")
+        if isinstance(self.tokenizer, VaeTokenizer) and self.compute_dtype != "float32":
+            raise ValueError("a VAE computes in float32, since its log-variances need that: leave out dtype")
+        return self
 
 
 class CodebookConfig(StageModel):

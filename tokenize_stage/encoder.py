@@ -19,6 +19,7 @@ from torch import nn
 from manifests.errors import EnvironmentProblem, InputError
 from tokenize_stage.config import ComputeDtype, Device
 from tokenize_stage.encoder_files import Normalisation, weight_files
+from tokenize_stage.pixels import Normaliser
 
 _SHOWN_KEYS = 6
 _PREFIX_TOKENS = 2
@@ -64,8 +65,7 @@ class VisionEncoder:
         stack = _stop_before(model, blocks, self.layer)
         self._model = model.to(self.device)
         self._arguments = _position_arguments(model, view_size, folder)
-        self._mean_C11 = torch.tensor(normalisation.mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
-        self._std_C11 = torch.tensor(normalisation.std, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        self._normalise = Normaliser(view_size, normalisation.mean, normalisation.std, self.device)
 
         entered: set[str] = set()
         hidden_1Tn = self._probe(folder, entered)
@@ -77,21 +77,14 @@ class VisionEncoder:
 
     def features(self, views_BSSC: torch.Tensor) -> torch.Tensor:
         """uint8 (B, S, S, 3) RGB on any device -> float32 (B, P, n) on the encoder's; P row-major over `grid`."""
-        size = self.view_size
-        if views_BSSC.dtype != torch.uint8 or views_BSSC.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"views are uint8 (B, {size}, {size}, 3), not {views_BSSC.dtype} {tuple(views_BSSC.shape)}"
-            )
         return self._hidden(views_BSSC)[:, self._prefix :].float()
 
     @torch.inference_mode()
     def _hidden(self, views_BSSC: torch.Tensor) -> torch.Tensor:
-        # Normalised in float32 whatever the encoder computes in; only bytes travel to the device.
-        pixels = views_BSSC.to(self.device).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        pixels = pixels.div_(255).sub_(self._mean_C11).div_(self._std_C11).to(self._dtype)
+        pixels_BCSS = self._normalise(views_BSSC).to(self._dtype)
         try:
             with full_precision(self.device):
-                self._model(pixels, **self._arguments)
+                self._model(pixels_BCSS, **self._arguments)
         except _Reached as reached:
             return reached.hidden_BTn
         raise InputError(
@@ -152,19 +145,10 @@ class _Stop(nn.Module):
 
 def _load_model(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, set[str], set[str]]:
     """The vision model of a folder, the names of its tensors that were not loaded, and the folder's unused tensors."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     weight_files(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise InputError(
-            f"{folder / 'config.json'} is not the configuration of a model transformers knows ({_first_line(error)}): "
-            "check the folder"
-        ) from error
-    # Two-tower folders (CLIPModel, SiglipModel) name the vision tower's configuration; the text tower stays on disk.
-    config = getattr(config, "vision_config", config)
+    config = vision_config(folder)
     try:
         with _quiet():
             model, info = AutoModel.from_pretrained(
@@ -180,6 +164,23 @@ def _load_model(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, set[str], 
         raise InputError(f"the encoder {folder} cannot be loaded ({_first_line(error)}): check the folder") from error
     mismatched = {str(entry[0]) for entry in info["mismatched_keys"]}
     return model, {*info["missing_keys"], *mismatched}, set(info["unexpected_keys"])
+
+
+def vision_config(folder: Path) -> Any:
+    """The configuration of the vision model in a folder; of a two-tower folder (CLIPModel, SiglipModel) the vision
+    tower's, whose text tower stays on disk.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, StrictDataclassError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} is not the configuration of a model transformers knows ({_first_line(error)}): "
+            "check the folder"
+        ) from error
+    return getattr(config, "vision_config", config)
 
 
 def _blocks(model: nn.Module, folder: Path) -> nn.ModuleList:

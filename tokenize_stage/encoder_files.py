@@ -11,6 +11,7 @@ from typing import Any
 from manifests.errors import InputError
 from manifests.hashes import file_sha256
 from tokenize_stage.hub import locate_folder, parse_reference
+from tokenize_stage.json_config import is_number
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -90,7 +91,7 @@ def read_normalisation(file: Path) -> Normalisation:
         raise InputError(f"{file} holds no image processor settings: restore it from the encoder's origin")
     # A processor's input is pixel * factor; ours is pixel / 255, so its mean and std are in units of 255 * factor.
     factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1
-    if not isinstance(factor, int | float) or not math.isfinite(factor) or factor <= 0:
+    if not is_number(factor) or factor <= 0:
         raise InputError(f"{file} has no usable rescale_factor: restore it from the encoder's origin")
     unit = 1.0 if math.isclose(factor * 255, 1, rel_tol=1e-9) else factor * 255
     normalises = settings.get("do_normalize", True)
@@ -114,11 +115,7 @@ def _channels(file: Path, settings: dict[str, Any], key: str) -> tuple[float, fl
     value = settings.get(key)
     if isinstance(value, int | float):
         value = [value] * 3
-    if (
-        not isinstance(value, list)
-        or len(value) != 3
-        or not all(isinstance(channel, int | float) and math.isfinite(channel) for channel in value)
-    ):
+    if not isinstance(value, list) or len(value) != 3 or not all(map(is_number, value)):
         raise InputError(f"{file} gives no {key} of three numbers: restore it from the encoder's origin")
     return float(value[0]), float(value[1]), float(value[2])
 
@@ -131,7 +128,7 @@ def _scaled(channels: tuple[float, float, float], unit: float) -> tuple[float, f
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as JSON: restore it from the encoder's origin") from error
     if not isinstance(value, dict):
         raise InputError(f"{file} is not a JSON object: restore it from the encoder's origin")

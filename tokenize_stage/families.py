@@ -19,14 +19,15 @@ class PublishedTokenizer:
     kind: str
     model: str
     target: Target
-    """What its codes say of a position: what is there, or what it looks like (made to rebuild pixels)."""
+    """What its codes or features say of a position: what is there, or what it looks like (made to rebuild pixels)."""
     view_size: int | None
     grid: tuple[int, int] | None
     depth: int | None
     codebook_size: int | None
     code_dim: int | None
     residual: bool | None
-    """Depth d quantises what those before left over; False: depths are independent; None: there is one depth."""
+    """Depth d quantises what those before left over; False: depths are independent; None: there is one depth, or none
+    where features are stored instead of codes."""
     origin: str
     licence: str
 
@@ -52,6 +53,9 @@ class PublishedTokenizer:
             "licence": self.licence,
         }
 
+
+CONTINUOUS = frozenset({"features", "vae"})
+"""The kinds that make shards of features instead of codes."""
 
 _OWN = "your encoder and images"
 _DUALTOKEN = "MIT (README, no licence file)"
@@ -118,5 +122,13 @@ PUBLISHED: tuple[PublishedTokenizer, ...] = (
     PublishedTokenizer(
         "hf_vq", "Janus", "appearance", 384, (24, 24), 1, 16384, 8, None,
         "deepseek-community/Janus-Pro-1B", "MIT code, DeepSeek Model License",
+    ),
+    PublishedTokenizer(
+        "features", "hidden states of any encoder", "semantic", None, None, None, None, None, None,
+        "your encoder", "that of the encoder",
+    ),
+    PublishedTokenizer(
+        "vae", "latents of any AutoencoderKL", "appearance", None, None, None, None, None, None,
+        "your VAE, in diffusers' format", "that of the VAE",
     ),
 )  # fmt: skip

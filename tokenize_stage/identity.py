@@ -13,7 +13,7 @@ from typing import Any, cast
 from manifests.codebook import Codebooks
 from manifests.errors import InputError
 from manifests.geometry import geometry_keys
-from manifests.schema import SCHEMA_VERSION, Geometry, TokenizerSpec
+from manifests.schema import SCHEMA_VERSION, Geometry, Producer
 from tokenize_stage.config import ComputeDtype, TokenizerConfig
 
 
@@ -22,10 +22,10 @@ class Identity:
     """A tokenizer's spec, and how to read its codebooks: D float32 arrays (K, code_dim), on the CPU.
 
     `codebooks` builds no encoder; it may import torch, and raises `InputError` if the tensors are not what the spec
-    says. `spec.settings` holds at least `image_mean` and `image_std` of the three channels.
+    says; of features there are none. `spec.settings` holds at least `image_mean` and `image_std` of the three channels.
     """
 
-    spec: TokenizerSpec
+    spec: Producer
     codebooks: Callable[[], Codebooks]
 
 
@@ -50,7 +50,7 @@ def describe(tokenizer: TokenizerConfig) -> Identity:
     return cast("Identity", family.describe(tokenizer))
 
 
-def fingerprint_keys(spec: TokenizerSpec, geometry: Geometry, dtype: ComputeDtype) -> dict[str, Any]:
+def fingerprint_keys(spec: Producer, geometry: Geometry, dtype: ComputeDtype) -> dict[str, Any]:
     """Everything meant to change a code, for `manifests.fingerprint.fingerprint`.
 
     Where the tokenizer's files lie is left out: moving or renaming a folder changes no code, its hashes are here.

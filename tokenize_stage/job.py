@@ -7,13 +7,14 @@ nothing when there is nothing to do.
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, TypeVar, get_origin
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,10 +29,11 @@ from manifests.commits import (
 )
 from manifests.errors import Interrupted, StorageError
 from manifests.fingerprint import fingerprint
-from manifests.schema import Geometry, Manifest, TokenizerSpec
+from manifests.schema import FeaturesSpec, Geometry, Manifest, Producer
+from manifests.shards import value_column
 from manifests.storage import Store
 from tokenize_stage.budget import RejectBudget
-from tokenize_stage.config import TokenizerConfig, TokenSetConfig
+from tokenize_stage.config import StageModel, TokenSetConfig
 from tokenize_stage.engines import run_units
 from tokenize_stage.identity import Identity, fingerprint_keys, identify
 from tokenize_stage.outcomes import UnitFailed
@@ -48,6 +50,7 @@ from tokenize_stage.output_folder import (
 from tokenize_stage.progress import Progress, Tracker
 from tokenize_stage.provenance import installed_versions
 from tokenize_stage.signals import StopSignal, stop_on_signals
+from tokenize_stage.sizes import image_bytes, images_of_a_unit
 from tokenize_stage.sources import Inventory, take_inventory
 from tokenize_stage.sources.inventory import ABSENT
 from tokenize_stage.units import Plan, plan_units
@@ -57,6 +60,8 @@ FAILED_UNITS_IN_A_ROW = 3
 """So many units whose source cannot be read mean that the storage is gone: the job stops."""
 
 _log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=StageModel)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Job:
     store: Store
 
     @property
-    def spec(self) -> TokenizerSpec:
+    def spec(self) -> Producer:
         return self.identity.spec
 
     @property
@@ -122,18 +127,19 @@ def _resolve(config: TokenSetConfig) -> Job:
     tokenizer = _anchored(config.tokenizer)
     identity = identify(tokenizer, config.geometry.resolve())
     geometry = config.geometry.resolve(identity.spec.settings["image_mean"])
-    keys = fingerprint_keys(identity.spec, geometry, config.dtype)
+    keys = fingerprint_keys(identity.spec, geometry, config.compute_dtype)
     return Job(config.model_copy(update={"tokenizer": tokenizer}), identity, geometry, keys, Store.open(config.output))
 
 
-def _anchored(tokenizer: TokenizerConfig) -> TokenizerConfig:
+def _anchored(tokenizer: Model) -> Model:
     """The tokenizer with its local paths absolute, because workers on a cluster have another current folder."""
     choices = {name for name, field in type(tokenizer).model_fields.items() if get_origin(field.annotation) is Literal}
-    located = {
+    located: dict[str, Any] = {
         name: type(value)(Path(value).absolute())
         for name, value in tokenizer
         if name not in choices and isinstance(value, str | Path) and Path(value).exists()
     }
+    located |= {name: _anchored(value) for name, value in tokenizer if isinstance(value, StageModel)}
     return tokenizer.model_copy(update=located)
 
 
@@ -144,7 +150,7 @@ def _run(job: Job, inventory: Inventory, replace: bool, progress: Progress | Non
         refuse_other_settings(store, job.keys)  # once more: another driver may have been here a moment ago
     folder = read_folder(store, job.fingerprint, replace=replace)
     members = [(name, pa.table(record.members.model_dump())) for name, record in folder.units.items()]
-    plan = plan_units(inventory.table, members, config.unit_size)
+    plan = plan_units(inventory.table, members, images_of_a_unit(config.unit_size, job.spec))
     _announce(job, inventory, plan)
     budget = _budget(config, inventory, plan, folder.units)
     budget.check()
@@ -207,7 +213,7 @@ def _tokenize(
         tokenizer=config.tokenizer,
         spec=job.spec,
         fingerprint=job.fingerprint,
-        dtype=config.dtype,
+        dtype=config.compute_dtype,
         device=config.device,
         batch_size=config.batch_size,
         torch_threads=config.torch_threads or usable_cores(),
@@ -243,17 +249,24 @@ def _tokenize(
 
 def _announce(job: Job, inventory: Inventory, plan: Plan) -> None:
     """The start-up block: the derived numbers."""
-    config = job.config
+    config, spec = job.config, job.spec
     _log.info(
         "%d images in %s, %d source errors; %d new, %d changed, %d removed, %d committed",
         inventory.images, inventory.source.location, len(inventory.errors),
         plan.added, plan.changed, plan.removed, plan.unchanged,
     )  # fmt: skip
     _log.info(
-        "%d units of up to %d images to do, %s engine, %d positions x %d codes an image, at most %d rejects",
-        len(plan.units), config.unit_size, config.engine, job.spec.positions, job.spec.depth,
-        int(config.max_reject_rate * inventory.images),
+        "%d units of up to %d images to do, %s engine, %d positions x %d %s an image, at most %d rejects",
+        len(plan.units), images_of_a_unit(config.unit_size, spec), config.engine, spec.positions, spec.values,
+        value_column(spec).kind, int(config.max_reject_rate * inventory.images),
     )  # fmt: skip
+    if plan.units and isinstance(spec, FeaturesSpec):
+        pending = sum(unit.members.num_rows for unit in plan.units)
+        _log.warning(
+            "features in %s take %.3f MB an image, %.2f GB for the %d images to do, before compression; %.2f GB are free",
+            spec.dtype, image_bytes(spec) / 1e6, image_bytes(spec) * pending / 1e9, pending,
+            shutil.disk_usage(job.store.location).free / 1e9,
+        )  # fmt: skip
     for error in inventory.errors[:5]:
         _log.warning("source row %d: %s", error.row, error.message)
     if len(inventory.errors) > 5:

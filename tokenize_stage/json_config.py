@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from manifests.errors import InputError
 
@@ -48,7 +48,7 @@ class Settings:
     def number(self, key: str) -> float:
         """A finite number."""
         value = self.values.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not is_number(value):
             raise self.wrong(key, "a number")
         return float(value)
 
@@ -70,6 +70,14 @@ class Settings:
         """What to raise for a value that is not what it must be."""
         found = f"is {str(self.values[key])[:60]!r}, not {wanted}" if key in self.values else f"is missing ({wanted})"
         return InputError(f"{self.where}: {key} {found}: give the configuration the checkpoint was trained with")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def read_settings(file: Path) -> Settings:

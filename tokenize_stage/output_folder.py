@@ -18,7 +18,8 @@ from manifests.commits import CommitRecord, list_commits, read_commit
 from manifests.documents import first_problem
 from manifests.errors import FingerprintMismatch, InputError, VerificationFailed
 from manifests.fingerprint import check_same
-from manifests.reader import open_manifest, read_manifest
+from manifests.hashes import file_sha256
+from manifests.reader import OpenManifest, open_manifest, read_manifest, size_problem
 from manifests.schema import MANIFEST_NAME, Frozen, Manifest, Sha256
 from manifests.storage import Store
 from tokenize_stage.sources import Inventory
@@ -122,7 +123,7 @@ def complete_manifest(store: Store, fingerprint: str, inventory: Inventory, max_
     """
     try:
         opened = open_manifest(store.location)
-        if opened.manifest.fingerprint != fingerprint:
+        if opened.manifest.fingerprint != fingerprint or not _has_codebook(opened):
             return None
         known = [_identities(opened.index()), _identities(opened.rejects())]
     except InputError:
@@ -134,6 +135,17 @@ def complete_manifest(store: Store, fingerprint: str, inventory: Inventory, max_
     if totals.source_errors != len(inventory.errors) or totals.rejected > max_reject_rate * totals.images + 1e-9:
         return None
     return opened.manifest if same_images(inventory.table, pa.concat_tables(known)) else None
+
+
+def _has_codebook(opened: OpenManifest) -> bool:
+    """Whether a codebook that should be there is, and whole; its hash is remembered, so that a rerun reads no gigabyte."""
+    entry = opened.manifest.codebook
+    if entry is None:  # a set of features
+        return True
+    if size_problem(opened.store, entry) is None and file_sha256(opened.store.path(entry.path)) == entry.sha256:
+        return True
+    _log.warning("%s is gone or damaged: it is written anew", opened.store.path(entry.path))
+    return False
 
 
 def _identities(table: pa.Table) -> pa.Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("asvr", "torch", "transformers", "ray", "pillow", "simplejpeg", "pyarrow", "numpy")
+PACKAGES = ("asvr", "torch", "transformers", "diffusers", "ray", "pillow", "simplejpeg", "pyarrow", "numpy")
 
 
 def installed_versions() -> dict[str, str]:

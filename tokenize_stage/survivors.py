@@ -38,9 +38,15 @@ class Survivors:
         return self.record.numerics
 
     def copy_into(
-        self, members: pa.Table, codes_NL: npt.NDArray[Any], pictures: dict[int, Picture], rejects: dict[int, RejectRow]
+        self,
+        members: pa.Table,
+        codes_NL: npt.NDArray[Any],
+        pictures: dict[int, Picture],
+        rejects: dict[int, RejectRow],
+        *,
+        column: str,
     ) -> None:
-        """Fill in the surviving members by their place in the unit."""
+        """Fill in the surviving members by their place in the unit; `column` is what the codes are called in a shard."""
         place = {name: row for row, name in enumerate(members["image_id"].to_pylist()) if self.unchanged[row]}
         source_rows = members["source_row"].to_numpy()
         for reject in self.record.rejects:
@@ -48,7 +54,7 @@ class Survivors:
                 rejects[row] = reject.model_copy(update={"source_row": int(source_rows[row])})
         if self.shard is None:
             return
-        codes, _ = list_values(self.shard["codes"])
+        codes, _ = list_values(self.shard[column])
         boxes, _ = list_values(self.shard["view_boxes"])
         codes_ML, boxes_MV4 = codes.reshape(-1, codes_NL.shape[1]), boxes.reshape(self.shard.num_rows, -1, 4)
         columns = self.shard.select(["image_id", "sha256", "width", "height", "length"]).to_pydict()

@@ -27,8 +27,8 @@ from manifests.errors import EnvironmentProblem, StorageError
 from manifests.geometry import make_views
 from manifests.refs import read_image
 from manifests.rejects import Reject
-from manifests.schema import Geometry, Numerics, ShardEntry, TokenizerSpec
-from manifests.shards import Locator, ShardData, code_dtype, encode_shard, shard_name
+from manifests.schema import Geometry, Numerics, Producer, ShardEntry
+from manifests.shards import Locator, ShardData, encode_shard, shard_name, value_column
 from manifests.storage import Store
 from tokenize_stage.config import ComputeDtype, Device, TokenizerConfig
 from tokenize_stage.outcomes import Picture, UnitDone, UnitFailed, UnitMetrics
@@ -59,7 +59,7 @@ class WorkOrder:
     root: Path
     geometry: Geometry
     tokenizer: TokenizerConfig
-    spec: TokenizerSpec
+    spec: Producer
     fingerprint: str
     dtype: ComputeDtype
     device: Device
@@ -110,17 +110,17 @@ class Worker:
 
     def _tokenize(self, unit: Unit, on_images: OnImages) -> UnitDone:
         began = time.monotonic()
-        order, spec, dtype = self._order, self._order.spec, code_dtype(self._order.spec.codebook_sizes)
+        order, spec, column = self._order, self._order.spec, value_column(self._order.spec)
         ids: list[str] = unit.members["image_id"].to_pylist()
         source_rows: list[int] = unit.members["source_row"].to_pylist()
-        length = VIEWS * spec.positions * spec.depth
-        codes_NL = np.zeros((len(ids), length), dtype)
+        length = VIEWS * spec.positions * spec.values
+        codes_NL = np.zeros((len(ids), length), column.dtype)
         pictures: dict[int, Picture] = {}
         rejects: dict[int, RejectRow] = {}
 
         kept = Survivors.of(self._store, unit) if unit.rewrites else None
         if kept:
-            kept.copy_into(unit.members, codes_NL, pictures, rejects)
+            kept.copy_into(unit.members, codes_NL, pictures, rejects, column=column.kind)
         copied = len(pictures) + len(rejects)
         todo = ~kept.unchanged if kept else np.ones(len(ids), bool)
         on_images(copied, len(rejects))
@@ -155,7 +155,7 @@ class Worker:
             rejects=[rejects[row] for row in sorted(rejects)],
             usage=encode_usage(_histograms(codes_NL, spec)),
             views=VIEWS * len(rows),
-            codes=length * len(rows),
+            codes=0 if column.features else length * len(rows),
             numerics=kept.numerics if kept and not todo.any() else self._numerics(),
             seconds=round(seconds, 3),
         )
@@ -195,8 +195,8 @@ class Worker:
         pictures = [self._pool.submit(_load, self._order, ids[member], views[member % per_batch]) for member in members]
         return Batch(views, members, pictures)
 
-    def _encode(self, views_BVSSC: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
-        """Codes of a batch, int32 (B, V*P*D), on the host."""
+    def _encode(self, views_BVSSC: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        """Codes of a batch, int32 (B, V*P*D), on the host; or features (B, V*P*n), bfloat16 as uint16 bits."""
         import torch
 
         if self._tokenizer is None:
@@ -207,7 +207,9 @@ class Worker:
             raise EnvironmentProblem(
                 f"the device has no memory for {self._order.batch_size} views at once: make batch_size smaller"
             ) from error
-        codes: npt.NDArray[np.int32] = codes_BPD.cpu().numpy().reshape(len(views_BVSSC), -1)
+        if codes_BPD.dtype == torch.bfloat16:
+            codes_BPD = codes_BPD.view(torch.uint16)
+        codes: npt.NDArray[Any] = codes_BPD.cpu().numpy().reshape(len(views_BVSSC), -1)
         return codes
 
     def _load_tokenizer(self) -> Tokenizer:
@@ -237,6 +239,7 @@ class Worker:
             fingerprint=self._order.fingerprint,
             unit=unit,
             code_dtype=codes_NL.dtype,
+            feature_dtype=value_column(self._order.spec).features,
         )
         sha256 = hashlib.sha256(data).hexdigest()
         path = shard_name(unit, sha256)
@@ -289,6 +292,6 @@ def _reject_row(image_id: str, source_row: int, reject: Reject) -> RejectRow:
     return RejectRow(image_id=image_id, reason=reject.reason.value, message=reject.message, source_row=source_row)
 
 
-def _histograms(codes_NL: npt.NDArray[Any], spec: TokenizerSpec) -> list[npt.NDArray[np.int64]]:
-    by_depth = codes_NL.reshape(-1, spec.depth)
+def _histograms(codes_NL: npt.NDArray[Any], spec: Producer) -> list[npt.NDArray[np.int64]]:
+    by_depth = codes_NL.reshape(-1, spec.values)
     return [np.bincount(by_depth[:, depth], minlength=size) for depth, size in enumerate(spec.codebook_sizes)]

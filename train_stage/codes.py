@@ -57,7 +57,8 @@ class CodeTables:
 
     def __init__(self, manifests: Sequence[OpenManifest]) -> None:
         self.manifests = list(manifests)
-        self.tokenizer: TokenizerSpec = [manifest.tokenizer for manifest in manifests][0]  # noqa: RUF015 - looks at all
+        tokenizers = [manifest.tokenizer for manifest in manifests]
+        self.tokenizer: TokenizerSpec = tokenizers[0]
         check_agreement(manifests)
         indexes = [manifest.index() for manifest in manifests]
         index = pa.concat_tables(indexes).combine_chunks()

@@ -1,9 +1,12 @@
+import hashlib
 import json
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +17,7 @@ from manifests.errors import InputError, VerificationFailed
 from manifests.reader import open_manifest
 from manifests.schema import MANIFEST_NAME, ShardEntry
 from manifests.storage import Store
+from manifests.verify import status, verify
 
 
 def edit(folder, **changes):
@@ -93,7 +97,7 @@ def test_shard_sizes_are_checked_at_open(tmp_path, damage):
         open_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 1}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 1}', "\x00", "[" * 10**5])
 def test_what_is_no_manifest_is_one_sentence(tmp_path, text):
     (tmp_path / MANIFEST_NAME).write_text(text)
     with pytest.raises(VerificationFailed, match="is not a manifest") as caught:
@@ -114,6 +118,30 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path, path):
     edit(tmp_path, shards=[{**manifest.shards[0].model_dump(), "path": path}])
     with pytest.raises(VerificationFailed, match=r"shards\.0\.path.*stays inside its folder"):
         open_manifest(tmp_path)
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_shard(tmp_path):
+    shard = make_set(tmp_path).shards[0].model_dump()
+    edit(tmp_path, shards=[{**shard, "path": "shards/" + "x" * 300}])
+    with pytest.raises(VerificationFailed, match="is missing"):
+        open_manifest(tmp_path)
+    for report in (status(tmp_path), verify(tmp_path, deep=False)):
+        assert "shard_missing" in [problem.code for problem in report.problems]
+
+
+@pytest.mark.parametrize("ordinal", [-1, 3])
+def test_an_index_of_shards_that_do_not_exist_is_refused(tmp_path, ordinal):
+    entry = make_set(tmp_path).index
+    index = pq.read_table(tmp_path / entry.path)
+    at = index.schema.get_field_index("shard")
+    column = pa.array([ordinal] * index.num_rows, pa.int32())
+    for table in (index.set_column(at, index.schema.field(at), column), index.drop_columns("shard")):
+        pq.write_table(table, tmp_path / "index.parquet")
+        data = (tmp_path / "index.parquet").read_bytes()
+        named = {"path": "index.parquet", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        edit(tmp_path, index={**named, "rows": index.num_rows})
+        with pytest.raises(VerificationFailed, match="not an index"):
+            open_manifest(tmp_path).read_codes(["0/0.jpg"])
 
 
 def test_a_codebook_larger_than_its_tensors_is_not_read(tmp_path):

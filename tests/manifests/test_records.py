@@ -338,13 +338,18 @@ def test_what_is_not_a_readable_file_is_a_reject(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.jpg").write_bytes(b"a")
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "huge.png").touch()
+    os.truncate(tmp_path / "huge.png", 2**40)  # all hole: it takes no space
     for ref, expected in (
         ("none.jpg", RejectReason.MISSING),
         ("a.jpg/b.jpg", RejectReason.MISSING),
         ("folder", RejectReason.UNREADABLE),
         ("pipe", RejectReason.UNREADABLE),
+        ("huge.png", RejectReason.UNSUPPORTED),
         ("/dev/zero", RejectReason.OUTSIDE_ROOT),
     ):
+        before = len(list(Path("/proc/self/fd").iterdir()))
         with pytest.raises(Reject) as caught:
             read_image(tmp_path, ref)
         assert caught.value.reason is expected, ref
+        assert len(list(Path("/proc/self/fd").iterdir())) == before, ref  # a file left open each time ends a long job

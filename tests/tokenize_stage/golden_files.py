@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from tokenize_stage.config import TokenizerConfig
+from tokenize_stage.identity import describe
+from tokenize_stage.tokenizers import load
+from tokenize_stage.tokenizers.base import Tokenizer
+
 DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a family's tests remember of files is kept for all of them: `cache = golden_files.cache` in a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASVR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def load_described(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of a configuration, in float32 on the CPU."""
+    return load(config, describe(config).spec, dtype="float32", device="cpu")
+
+
+def random_views(count: int, size: int) -> torch.Tensor:
+    """uint8 (count, size, size, 3), always the same."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
 def read_golden(folder: Path) -> dict[str, torch.Tensor]:

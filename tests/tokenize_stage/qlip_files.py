@@ -7,12 +7,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from golden_files import DATA, read_golden
+from golden_files import DATA, load_described, read_golden
 from made_jobs import MEAN, STD
 
 from tokenize_stage.config import QlipTokenizer
-from tokenize_stage.identity import describe
-from tokenize_stage.tokenizers import load
 from tokenize_stage.tokenizers.qlip import Qlip
 
 FIXTURE = DATA / "qlip"
@@ -29,7 +27,7 @@ def complete(folder: Path) -> Path:
 
 def load_from(folder: Path, **choices: int) -> Qlip:
     config = QlipTokenizer(path=str(folder), **choices)
-    tokenizer = load(config, describe(config).spec, dtype="float32", device="cpu")
+    tokenizer = load_described(config)
     assert isinstance(tokenizer, Qlip)
     return tokenizer
 

@@ -242,7 +242,16 @@ def test_normalisation_is_read_from_either_file_with_its_rescaling(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "settings", ["[]", "{", "{}", '{"image_mean": [0.5, 0.5], "image_std": 1}', '{"image_mean": 0, "image_std": 0}']
+    "settings",
+    [
+        "[]",
+        "{",
+        "{}",
+        "[" * 10**5,
+        '{"image_mean": [0.5, 0.5], "image_std": 1}',
+        '{"image_mean": 0, "image_std": 0}',
+        f'{{"image_mean": {10**400}, "image_std": 1}}',
+    ],
 )
 def test_unusable_normalisation_is_one_sentence(tmp_path: Path, settings: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from tokenize_stage.config import TokenizerConfig
-from tokenize_stage.families import PUBLISHED
+from tokenize_stage.families import CONTINUOUS, PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +31,9 @@ def test_rows_are_complete_and_agree_with_themselves() -> None:
     for row in PUBLISHED:
         assert row.origin
         assert row.licence
+        if row.kind in CONTINUOUS:
+            assert row.depth is row.codebook_size is row.residual is None
+            continue
         if row.kind == "fitted":
             continue
         assert row.view_size is not None
@@ -54,6 +57,8 @@ def test_the_table_for_people() -> None:
     ]  # fmt: skip
     assert len(lines) == len(PUBLISHED) + 1
     (vila_u,) = (line for line in lines if line.startswith("vila_u"))
+    (vae,) = (line for line in lines if line.startswith("vae"))
+    assert " features " in vae  # under `depths`: there are none
     assert vila_u.split()[3:11] == ["semantic", "256", "16x16", "256", "4", "16,384", "1,024", "residual"]
 
 

@@ -15,7 +15,7 @@ import pytest
 from bad_inputs import make_bad_inputs
 from made_jobs import DRIVER, ROOT, content, job_config, make_pictures, make_tokenizer, start_driver
 
-from manifests.commits import list_commits, read_commit
+from manifests.commits import commit_path, list_commits, read_commit
 from manifests.errors import BudgetExceeded, FingerprintMismatch, InputError, LeaseHeld, StorageError
 from manifests.reader import open_manifest
 from manifests.storage import Store
@@ -225,6 +225,29 @@ def test_a_lost_shard_is_made_again(pictures: Path, codebook: Path, tmp_path: Pa
     assert content(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("damage", ["missing", "bytes"])
+@pytest.mark.parametrize("name", ["codebook", "index", "rejects"])
+def test_a_lost_or_damaged_side_file_is_written_again(
+    pictures: Path, codebook: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    config = job_config(pictures, codebook, tmp_path / "out")
+    file = tmp_path / "out" / getattr(run_job(config).manifest, name).path
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(file.stat().st_size))
+    assert verify(tmp_path / "out").problems != []
+    assert run_job(config).encoded == 0
+    assert verify(tmp_path / "out").problems == []
+
+
+def test_rejects_are_counted_once_while_the_job_runs(pictures: Path, codebook: Path, tmp_path: Path) -> None:
+    (pictures / "nowhere.png").symlink_to("nothing.png")
+    seen: list[JobProgress] = []
+    run_job(job_config(pictures, codebook, tmp_path / "out", max_reject_rate=1.0), progress=seen.append)
+    assert [seen[0].rejected, max(state.rejected for state in seen), seen[-1].rejected] == [0, 1, 1]
+
+
 def test_another_fingerprint_is_refused_by_name_before_a_model_is_loaded(
     pictures: Path, codebook: Path, tmp_path: Path
 ) -> None:
@@ -322,6 +345,22 @@ def test_an_output_that_cannot_be_written_is_one_sentence(pictures: Path, codebo
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="file"):
         run_job(job_config(pictures, codebook, tmp_path / "file" / "out"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_resumed_runs_and_more_workers_give_the_same_bytes(
+    pictures: Path, codebook: Path, tmp_path: Path
+) -> None:
+    clean = job_config(pictures, codebook, tmp_path / "clean", device="cuda")
+    run_job(clean)
+    resumed = clean.model_copy(update={"output": tmp_path / "resumed"})
+    run_job(resumed)
+    (tmp_path / "resumed" / commit_path("u000001")).unlink()
+    assert run_job(resumed).encoded == 8
+    assert content(tmp_path / "resumed") == content(tmp_path / "clean")
+    ray = {"address": "local", "num_workers": 2, "gpus_per_worker": 0.5}
+    run_job(job_config(pictures, codebook, tmp_path / "ray", device="cuda", engine="ray", ray=ray))
+    assert content(tmp_path / "ray") == content(tmp_path / "clean")
 
 
 def test_views_of_another_size_are_refused(pictures: Path, codebook: Path, tmp_path: Path) -> None:

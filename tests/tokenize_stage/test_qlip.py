@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
+import golden_files
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_files import close, read_golden, run_python
+from golden_files import close, random_views, read_golden, run_python
 from made_jobs import MEAN, STD, job_config, make_pictures
 from qlip_files import FIXTURE, ROPE, TOWER, complete, features, load_from
 from safetensors.torch import load_file, save_file
@@ -26,14 +26,8 @@ from tokenize_stage.job import run_job
 from tokenize_stage.tokenizers.eva_vit import rope_tables
 from tokenize_stage.tokenizers.qlip import Qlip, binarise, group, normalised
 
+cache = golden_files.cache
 SIZE, GRID, BITS = 64, (4, 4), 28
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASVR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def qlip(folder: Path) -> Qlip:
     return load_from(folder)
-
-
-def views(count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, 256, (count, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
 
 
 def test_every_stage_and_every_bit_is_the_reference_s(qlip: Qlip) -> None:
@@ -106,10 +95,14 @@ def test_any_grouping_keeps_the_same_bits(folder: Path, size: int) -> None:
 
 
 def test_views_are_normalised_by_the_preprocessor_s_values(qlip: Qlip) -> None:
-    codes = qlip.encode(views(3))
+    codes = qlip.encode(random_views(3, SIZE))
     assert codes.dtype == torch.int32
     assert codes.shape == (3, 16, 2)
-    pixels = ((views(3).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
+    pixels = (
+        ((random_views(3, SIZE).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD))
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
     features_BPE = qlip.encoder.project(qlip.encoder.hidden(pixels))
     assert torch.equal(codes, group(binarise(features_BPE), 14))
     assert qlip.fallbacks == 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import golden_files
 import pytest
 import torch
 from golden_files import DATA, close, one_sentence, read_golden
@@ -17,18 +18,12 @@ from tokenize_stage.config import QlipTokenizer
 from tokenize_stage.identity import describe
 from tokenize_stage.tokenizers.qlip import binarise
 
+cache = golden_files.cache
 QUERY = f"{TOWER}encoder.layers.1.self_attn.q_proj.weight"
 NARROW = f"{TOWER}quant_embed.c_proj.weight"
 
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], object]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASVR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

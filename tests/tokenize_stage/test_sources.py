@@ -13,6 +13,7 @@ from made_jobs import make_pictures, picture
 from manifests.errors import InputError
 from tokenize_stage.config import FolderSource, LlavaSource
 from tokenize_stage.sources import Inventory, take_inventory
+from tokenize_stage.sources.inventory import ABSENT
 
 
 def ids(inventory: Inventory) -> list[str]:
@@ -47,6 +48,15 @@ def test_a_linked_folder_is_named_and_not_followed(tmp_path: Path) -> None:
     inventory = take_inventory(FolderSource(path=root))
     assert inventory.images == 1
     assert "link" in inventory.errors[0].message
+
+
+def test_a_link_that_leads_nowhere_is_an_input(tmp_path: Path) -> None:
+    root = make_pictures(tmp_path / "p", 1)
+    (root / "loop.png").symlink_to("loop.png")
+    (root / "dangling.png").symlink_to("nothing.png")
+    inventory = take_inventory(FolderSource(path=root))
+    assert inventory.table["image_id"].to_pylist()[:2] == ["dangling.png", "loop.png"]
+    assert inventory.table["size"].to_pylist()[:2] == [ABSENT, ABSENT]
 
 
 def test_a_name_that_is_not_text_is_named(tmp_path: Path) -> None:

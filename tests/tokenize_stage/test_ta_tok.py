@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_files import DATA, close, one_sentence, read_golden, run_python
+from golden_files import DATA, close, load_described, one_sentence, random_views, read_golden, run_python
 
 from manifests.errors import InputError
 from manifests.schema import Geometry
@@ -20,9 +21,9 @@ from tokenize_stage.config import TaTokTokenizer
 from tokenize_stage.cosine_search import cosine_oracle, unit
 from tokenize_stage.identity import describe, identify
 from tokenize_stage.search import oracle
-from tokenize_stage.tokenizers import load
 from tokenize_stage.tokenizers.ta_tok import TaTok
 
+cache = golden_files.cache
 FIXTURE = DATA / "tatok"
 FILE = FIXTURE / "ta_tok.pth"
 ENCODER = FIXTURE / "siglip2-tiny" / "config.json"
@@ -39,16 +40,9 @@ def configured(file: Path = FILE, **choices: Any) -> TaTokTokenizer:
 
 
 def load_from(config: TaTokTokenizer) -> TaTok:
-    tokenizer = load(config, describe(config).spec, dtype="float32", device="cpu")
+    tokenizer = load_described(config)
     assert isinstance(tokenizer, TaTok)
     return tokenizer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASVR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +70,6 @@ def changed(tmp_path: Path) -> Callable[[Change], Path]:
 
 def normalised(golden: dict[str, torch.Tensor]) -> torch.Tensor:
     return (golden["pixel_values"] - 0.5) / 0.5
-
-
-def views(count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(4)
-    return torch.randint(0, 256, (count, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
 
 
 def codes_of(tokenizer: TaTok, pixels_BCSS: torch.Tensor) -> torch.Tensor:
@@ -120,7 +109,7 @@ def test_pooled_codes_are_the_reference_s(golden: dict[str, torch.Tensor], scale
     tokenizer = load_from(configured(pool_scale=scale))
     assert torch.equal(codes_of(tokenizer, normalised(golden)), golden[f"ids_pool{scale}"])
     assert tokenizer.spec.grid == (GRID[0] // scale, GRID[1] // scale)
-    assert tokenizer.encode(views(2)).shape == (2, tokenizer.spec.positions, 1)
+    assert tokenizer.encode(random_views(2, SIZE)).shape == (2, tokenizer.spec.positions, 1)
 
 
 def test_pooling_drops_what_does_not_fill_a_square() -> None:
@@ -143,8 +132,10 @@ def test_without_normalisation_the_nearest_row_is_the_code(
     tokenizer = load_from(configured(changed(set_quantiser(l2_normalized=False, stochastic=False))))
     assert torch.equal(codes_of(tokenizer, normalised(golden)), golden["ids_plain"])
     assert tokenizer.spec.settings["metric"] == "squared_l2"
-    features_Nm = tokenizer.encoder.features(views(2)).flatten(0, 1)
-    assert torch.equal(tokenizer.encode(views(2)).flatten(0, 1), oracle(features_Nm, tokenizer.codebooks()))
+    features_Nm = tokenizer.encoder.features(random_views(2, SIZE)).flatten(0, 1)
+    assert torch.equal(
+        tokenizer.encode(random_views(2, SIZE)).flatten(0, 1), oracle(features_Nm, tokenizer.codebooks())
+    )
 
 
 @pytest.mark.parametrize("antialias", ["antialias", "noantialias"])
@@ -156,34 +147,34 @@ def test_what_the_reference_resized_itself_gets_the_same_codes(
 
 def test_no_code_is_drawn_at_random(changed: Callable[[Change], Path], tokenizer: TaTok) -> None:
     """The fixture says `stochastic`; a file that says otherwise, or learnt its temperature, has the same codes."""
-    codes = tokenizer.encode(views(2))
+    codes = tokenizer.encode(random_views(2, SIZE))
     torch.manual_seed(1)
-    assert torch.equal(tokenizer.encode(views(2)), codes)
+    assert torch.equal(tokenizer.encode(random_views(2, SIZE)), codes)
 
     def learnt_temperature(model: Model) -> None:
         set_quantiser(stochastic_temperature=-1.0)(model)
         model["sd"]["bottleneck.regularizer.stochastic_temperature_inv"] = torch.tensor(10.0)
 
     for change in (set_quantiser(stochastic=False), learnt_temperature):
-        assert torch.equal(load_from(configured(changed(change))).encode(views(2)), codes)
+        assert torch.equal(load_from(configured(changed(change))).encode(random_views(2, SIZE)), codes)
 
 
 def test_codes_are_the_oracle_on_the_features(tokenizer: TaTok) -> None:
-    codes = tokenizer.encode(views(3))
+    codes = tokenizer.encode(random_views(3, SIZE))
     assert codes.dtype == torch.int32
     assert codes.shape == (3, 36, 1)
-    features_Nm = tokenizer.encoder.features(views(3)).flatten(0, 1)
+    features_Nm = tokenizer.encoder.features(random_views(3, SIZE)).flatten(0, 1)
     assert torch.equal(codes.flatten(0, 1), cosine_oracle(features_Nm, tokenizer.codebooks()))
     assert tokenizer.fallbacks == 0
 
 
 def test_views_are_normalised_as_the_file_says(changed: Callable[[Change], Path], tokenizer: TaTok) -> None:
-    pixels = views(2).permute(0, 3, 1, 2).float() / 255
-    assert torch.equal(tokenizer.encode(views(2)), codes_of(tokenizer, (pixels - 0.5) / 0.5))
+    pixels = random_views(2, SIZE).permute(0, 3, 1, 2).float() / 255
+    assert torch.equal(tokenizer.encode(random_views(2, SIZE)), codes_of(tokenizer, (pixels - 0.5) / 0.5))
     file = changed(lambda model: model["sd"].update({"scale_layer.shift": torch.full((1, 3, 1, 1), 0.25)}))
     other = load_from(configured(file))
     assert other.spec.settings["image_mean"] == [0.25] * 3
-    assert torch.equal(other.encode(views(2)), codes_of(other, (pixels - 0.25) / 0.5))
+    assert torch.equal(other.encode(random_views(2, SIZE)), codes_of(other, (pixels - 0.25) / 0.5))
 
 
 def test_the_spec_says_what_the_codes_are(tokenizer: TaTok) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import torch
-from golden_files import DATA, close, one_sentence, read_golden, run_python
+from golden_files import DATA, close, load_described, one_sentence, random_views, read_golden, run_python
 from made_jobs import job_config, make_pictures
 
 from manifests.errors import InputError
@@ -21,10 +22,10 @@ from tokenize_stage.cosine_search import CosineSearch, cosine_oracle
 from tokenize_stage.identities.unitok import read_args
 from tokenize_stage.identity import describe, identify
 from tokenize_stage.job import run_job
-from tokenize_stage.tokenizers import load
 from tokenize_stage.tokenizers.unitok import UniTok
 from tokenize_stage.tokenizers.vitamin import ViTamin
 
+cache = golden_files.cache
 FIXTURE = DATA / "unitok"
 FILE = FIXTURE / "unitok_tokenizer.pth"
 TINY = ViTaminConfig(widths=(16, 24, 64), conv_blocks=(1, 2), blocks=2, heads=4)
@@ -42,16 +43,9 @@ def config_of(file: Path) -> UniTokTokenizer:
 
 def load_from(file: Path, config: UniTokTokenizer | None = None) -> UniTok:
     config = config or config_of(file)
-    tokenizer = load(config, describe(config).spec, dtype="float32", device="cpu")
+    tokenizer = load_described(config)
     assert isinstance(tokenizer, UniTok)
     return tokenizer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASVR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +64,6 @@ def changed(tmp_path: Path) -> Callable[[Change], Path]:
         return tmp_path / "changed.pth"
 
     return make
-
-
-def views(count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, 256, (count, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
 
 
 def test_every_stage_and_every_code_is_the_reference_s(unitok: UniTok) -> None:
@@ -99,10 +88,10 @@ def test_codes_stand_for_the_reference_s_vectors(unitok: UniTok) -> None:
 
 
 def test_views_go_through_the_whole_model(unitok: UniTok) -> None:
-    codes = unitok.encode(views(3))
+    codes = unitok.encode(random_views(3, SIZE))
     assert codes.dtype == torch.int32
     assert codes.shape == (3, 16, DEPTH)
-    pixels = views(3).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = random_views(3, SIZE).permute(0, 3, 1, 2).float() / 127.5 - 1
     features_Nm = unitok.encoder.stages(pixels).features_BPm.flatten(0, 1)
     assert torch.equal(codes.flatten(0, 1), cosine_oracle(features_Nm, unitok.codebooks()))
 

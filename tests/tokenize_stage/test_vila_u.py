@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import golden_files
 import numpy as np
 import pytest
 import torch
-from golden_files import DATA, close, one_sentence, read_golden, run_python
+from golden_files import DATA, close, load_described, one_sentence, random_views, read_golden, run_python
 from safetensors.torch import load_file, save_file
 
 from manifests.errors import InputError
@@ -22,6 +23,7 @@ from tokenize_stage.tokenizers import load
 from tokenize_stage.tokenizers.residual import ResidualTokenizer
 from tokenize_stage.tokenizers.vila_u import VilaUEncoder
 
+cache = golden_files.cache
 FIXTURE = DATA / "vilau"
 SIZE, PATCH, WIDTH, GRID, DEPTH, CODES = 64, 16, 64, (4, 4), 4, 96
 BOOKS = "rqvaesiglip.quantizer.codebooks."
@@ -34,7 +36,7 @@ Change = Callable[[Tensors], object]
 
 def load_from(folder: Path) -> ResidualTokenizer:
     config = VilaUTokenizer(path=str(folder))
-    tokenizer = load(config, describe(config).spec, dtype="float32", device="cpu")
+    tokenizer = load_described(config)
     assert isinstance(tokenizer, ResidualTokenizer)
     return tokenizer
 
@@ -47,13 +49,6 @@ def features(tokenizer: ResidualTokenizer, pixels_BCSS: torch.Tensor) -> torch.T
 def quantise(tokenizer: ResidualTokenizer, features_BPn: torch.Tensor) -> torch.Tensor:
     codes_ND = residual_search(features_BPn.flatten(0, 1), tokenizer.codebooks())
     return codes_ND.unflatten(0, features_BPn.shape[:2])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASVR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +79,6 @@ def reconfigured(tmp_path: Path, **changes: object) -> Path:
     return folder
 
 
-def views(count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, 256, (count, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
-
-
 def test_features_codes_and_vectors_are_the_reference_s(tower: ResidualTokenizer) -> None:
     golden = read_golden(FIXTURE)
     features_BPn = features(tower, golden["pixel_values"])
@@ -114,15 +104,15 @@ def test_the_encoder_s_gelu_and_epsilon_are_told_apart_by_the_features(tmp_path:
 
 
 def test_views_are_normalised_to_minus_one_to_one(tower: ResidualTokenizer) -> None:
-    pixels = views(2).permute(0, 3, 1, 2).float() / 127.5 - 1
-    assert torch.equal(tower.encode(views(2)), quantise(tower, features(tower, pixels)))
+    pixels = random_views(2, SIZE).permute(0, 3, 1, 2).float() / 127.5 - 1
+    assert torch.equal(tower.encode(random_views(2, SIZE)), quantise(tower, features(tower, pixels)))
 
 
 def test_codes_are_the_oracle_on_the_features(tower: ResidualTokenizer) -> None:
-    codes = tower.encode(views(3))
+    codes = tower.encode(random_views(3, SIZE))
     assert codes.dtype == torch.int32
     assert codes.shape == (3, 16, DEPTH)
-    pixels = (views(3).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+    pixels = (random_views(3, SIZE).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
     features_Nn = features(tower, pixels).flatten(0, 1)
     assert torch.equal(codes.flatten(0, 1), oracle(features_Nn, tower.codebooks()))
     assert tower.fallbacks == 0
@@ -199,7 +189,7 @@ def test_weights_in_several_files_are_read_through_their_index(tmp_path: Path, t
         save_file({name: tensors[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert torch.equal(load_from(folder).encode(views(1)), tower.encode(views(1)))
+    assert torch.equal(load_from(folder).encode(random_views(1, SIZE)), tower.encode(random_views(1, SIZE)))
     (folder / "model-2.safetensors").unlink()
     with pytest.raises(InputError) as caught:
         load_from(folder)
@@ -210,7 +200,7 @@ def test_the_encoder_s_dtype_is_the_job_s(tower: ResidualTokenizer) -> None:
     config = VilaUTokenizer(path=str(FIXTURE))
     half = load(config, tower.spec, dtype="bfloat16", device="cpu")
     assert isinstance(half, ResidualTokenizer)
-    found, exact = half.encoder.features(views(2)), tower.encoder.features(views(2))
+    found, exact = half.encoder.features(random_views(2, SIZE)), tower.encoder.features(random_views(2, SIZE))
     assert found.dtype == torch.float32
     assert 1e-4 < (found - exact).abs().max() < 0.3
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import tiny_set
 
+from manifests.commits import ManifestHeader, assemble_manifest
 from manifests.errors import InputError, VerificationFailed
 from manifests.reader import open_manifest
-from manifests.schema import Geometry
+from manifests.schema import FeaturesSpec, Geometry, SourceIdentity
+from manifests.storage import Store
 from train_stage.codes import NO_ROW, CodeTables
 
 
@@ -90,3 +92,26 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     shard.write_bytes(data)
     with pytest.raises(VerificationFailed, match=shard.name):
         CodeTables([opened])
+
+
+def test_a_set_of_features_has_no_codes_to_train_on(tmp_path: Path) -> None:
+    spec = FeaturesSpec(
+        kind="features", origin="vit", weights_sha256={}, view_size=28, grid=(2, 2), width=8, dtype="bfloat16"
+    )
+    header = ManifestHeader(
+        fingerprint_keys={"tokenizer": spec.model_dump(mode="json")},
+        tokenizer=spec,
+        geometry=Geometry(mode="pad", size=28),
+        codebooks=[],
+        source=SourceIdentity(kind="folder", location="images"),
+        source_errors=0,
+        command=["test"],
+        versions={},
+    )
+    assemble_manifest(Store.open(tmp_path / "features"), header, [])
+    ids = tiny_set.save_pictures(tmp_path / "images", 2)
+    tiny_set.save_manifest(tmp_path / "tokens", tmp_path / "images", ids)
+    features, codes = open_manifest(tmp_path / "features"), open_manifest(tmp_path / "tokens")
+    for manifests in ([features], [codes, features]):
+        with pytest.raises(InputError, match=r"features holds features, not codes: give a token set whose tokenizer"):
+            CodeTables(manifests)

@@ -95,6 +95,7 @@ def describe(tokenizer: DualTokenTokenizer) -> Identity:
         origin=spec.origin,
         revision=spec.revision,
         read=lambda: _checked(files, spec),
+        form=TokenizerSpec,
     )
     return Identity(spec, partial(_codebooks, files))
 

@@ -107,6 +107,7 @@ def describe(tokenizer: HfVqTokenizer) -> Identity:
         origin=tokenizer.path,
         revision=files.folder.revision,
         read=read,
+        form=TokenizerSpec,
     )
     return Identity(spec, partial(_codebooks, files))
 

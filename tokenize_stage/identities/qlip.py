@@ -111,6 +111,7 @@ def describe(tokenizer: QlipTokenizer) -> Identity:
         origin=tokenizer.path,
         revision=files.revision,
         read=read,
+        form=TokenizerSpec,
     )
     return Identity(spec, lambda: implicit_codebooks(files.bits, files.group_bits))
 

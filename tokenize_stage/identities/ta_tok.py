@@ -91,6 +91,7 @@ def describe(tokenizer: TaTokTokenizer) -> Identity:
         origin=tokenizer.checkpoint,
         revision=files.checkpoint.revision,
         read=read,
+        form=TokenizerSpec,
     )
     return Identity(spec, lambda: _codebooks(files))
 

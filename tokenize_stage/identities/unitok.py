@@ -82,6 +82,7 @@ def describe(tokenizer: UniTokTokenizer) -> Identity:
         origin=tokenizer.checkpoint,
         revision=found.revision,
         read=read,
+        form=TokenizerSpec,
     )
     return Identity(spec, lambda: _codebooks(found.path, tokenizer))
 

@@ -77,7 +77,13 @@ def describe(tokenizer: VilaUTokenizer) -> Identity:
 
     weights_sha256 = {role: file_sha256(file) for role, file in sha256.items()}
     spec = remembered_spec(
-        tokenizer.kind, weights_sha256, {}, origin=tokenizer.path, revision=files.folder.revision, read=read
+        tokenizer.kind,
+        weights_sha256,
+        {},
+        origin=tokenizer.path,
+        revision=files.folder.revision,
+        read=read,
+        form=TokenizerSpec,
     )
     return Identity(spec, lambda: _codebooks(files))
 

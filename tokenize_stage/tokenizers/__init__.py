@@ -9,12 +9,12 @@ from manifests.errors import InputError
 from tokenize_stage.identity import describe
 
 if TYPE_CHECKING:
-    from manifests.schema import TokenizerSpec
+    from manifests.schema import Producer
     from tokenize_stage.config import ComputeDtype, Device, TokenizerConfig
     from tokenize_stage.tokenizers.base import Tokenizer
 
 
-def load(config: TokenizerConfig, spec: TokenizerSpec, *, dtype: ComputeDtype, device: Device = "auto") -> Tokenizer:
+def load(config: TokenizerConfig, spec: Producer, *, dtype: ComputeDtype, device: Device = "auto") -> Tokenizer:
     """The tokenizer that `identify(config, ...)` described as `spec`, ready on `device`.
 
     `dtype` is the arithmetic of the encoder. Files that changed since they were identified are an `InputError`, and

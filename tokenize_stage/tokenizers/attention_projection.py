@@ -1,7 +1,8 @@
-"""The narrowing projection in front of UniTok's codebooks: attention whose heads are averaged, then a gated MLP.
+"""The narrowing projection before the codebooks of UniTok and of the second DualToken: attention whose heads are averaged,
+then a gated MLP.
 
-Written from the names and shapes in the checkpoint and the intermediate tensors of `tests/data/unitok`. Modules carry the
-checkpoint's own names. Shape legend: B views, P positions, n width in, m width out (n / m heads).
+Written from the names and shapes in the checkpoints and the intermediate tensors of `tests/data/unitok`. Modules carry
+the checkpoints' own names. Shape legend: B views, P positions, n width in, m width out (n / m heads).
 """
 
 from __future__ import annotations

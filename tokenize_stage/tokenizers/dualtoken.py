@@ -27,6 +27,7 @@ from tokenize_stage.layout import shown
 from tokenize_stage.pixels import Normaliser
 from tokenize_stage.siglip import SiglipTower, unused_groups
 from tokenize_stage.siglip_config import MEAN, STD
+from tokenize_stage.tokenizers.attention_projection import AttentionProjection
 from tokenize_stage.tokenizers.residual import ResidualTokenizer
 
 TOWER = "siglip_model.vision_model."
@@ -123,64 +124,6 @@ class ConvolutionProjection(nn.Module):
         straight = self.nin_shortcut(x_BnHW) if hasattr(self, "nin_shortcut") else x_BnHW
         mapped: torch.Tensor = straight + inner
         return mapped.flatten(2).transpose(1, 2)
-
-
-class AttentionProjection(nn.Module):
-    """What the second generation puts features through: n/m heads of width m, averaged, and a gated MLP."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = HeadMeanAttention(width, out)
-        self.proj = nn.Linear(width, out)
-        self.norm3 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(out)
-        self.mlp = GatedMlp(out, 2 * out)
-
-    def forward(self, x_BPn: torch.Tensor) -> torch.Tensor:
-        """(B, P, n) -> (B, P, m)."""
-        x_BPm = self.proj(self.norm3(x_BPn)) + self.attn(self.norm1(x_BPn))
-        mapped: torch.Tensor = x_BPm + self.mlp(self.norm2(x_BPm))
-        return mapped
-
-
-class HeadMeanAttention(nn.Module):
-    """Attention over all positions whose heads are averaged instead of concatenated; the keys have no bias."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.heads = width // out
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.empty(width))
-        self.v_bias = nn.Parameter(torch.empty(width))
-        self.register_buffer("zero_k_bias", torch.empty(width))
-        self.proj = nn.Linear(out, out)
-
-    def forward(self, x_BPn: torch.Tensor) -> torch.Tensor:
-        """(B, P, n) -> (B, P, m)."""
-        bias = torch.cat([self.q_bias, self.get_buffer("zero_k_bias"), self.v_bias])
-        qkv = F.linear(x_BPn, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q_BhPm, k_BhPm, v_BhPm = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BhPm = F.scaled_dot_product_attention(q_BhPm, k_BhPm, v_BhPm)
-        projected: torch.Tensor = self.proj(mixed_BhPm.mean(1))
-        return projected
-
-
-class GatedMlp(nn.Module):
-    """w2(gelu(w0 x) * w1 x) of the normalised input; GELU by tanh."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.w0 = nn.Linear(width, hidden)
-        self.w1 = nn.Linear(width, hidden)
-        self.w2 = nn.Linear(hidden, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., width) -> (..., width)."""
-        x = self.norm(x)
-        mapped: torch.Tensor = self.w2(F.gelu(self.w0(x), approximate="tanh") * self.w1(x))
-        return mapped
 
 
 class _Modules:
