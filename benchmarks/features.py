@@ -23,6 +23,8 @@ _BATCH = 16
 
 def load_features(file: Path) -> torch.Tensor:
     """float32 (N, n) from a `.npy` or `.pt` file of one array (..., n)."""
+    if not file.is_file():
+        raise SystemExit(f"there is no features file {file}: name another, or give --encoder and --images")
     values = torch.from_numpy(np.load(file)) if file.suffix == ".npy" else torch.load(file, weights_only=True)
     return values.flatten(0, -2).float()
 
