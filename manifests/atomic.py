@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from manifests.errors import StorageError
 
@@ -30,6 +31,9 @@ _ADVICE = {
     errno.EOPNOTSUPP: "choose a file system that supports locks",
 }
 
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What the system says where a file cannot have a second name: another disk, or a file system or owner that forbids it."""
+
 
 @contextlib.contextmanager
 def storage_errors(action: str, path: Path | str) -> Iterator[None]:
@@ -42,8 +46,9 @@ def storage_errors(action: str, path: Path | str) -> Iterator[None]:
         raise StorageError(f"cannot {action} {path}: {reason}; {advice}") from error
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Replace `path` by `data`: a reader, or a crash at any moment, sees the old content or the new.
+def write_atomically(path: Path, data: bytes | memoryview | BinaryIO) -> None:
+    """Replace `path` by `data`, or by what an open file holds: a reader, or a crash at any moment, sees the old content
+    or the new.
 
     Makes missing parent folders. Raises `OSError`, and then leaves no half file behind.
     """
@@ -53,9 +58,10 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(fd, "wb", buffering=0) as file:
-            rest = memoryview(data).cast("B")
-            while rest:
-                rest = rest[file.write(rest[:_CHUNK]) :]
+            for piece in pieces(data):
+                rest = memoryview(piece).cast("B")
+                while rest:
+                    rest = rest[file.write(rest[:_CHUNK]) :]
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:  # also on Ctrl-C
@@ -63,6 +69,16 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             temporary.unlink()
         raise
     _fsync_folder(path.parent)
+
+
+def pieces(data: bytes | memoryview | BinaryIO) -> Iterator[bytes | memoryview]:
+    """The bytes themselves, or the content of an open file a few megabytes at a time."""
+    if isinstance(data, bytes | memoryview):
+        yield data
+        return
+    data.seek(0)
+    while piece := data.read(_CHUNK):
+        yield piece
 
 
 def make_folder(folder: Path) -> None:
@@ -80,3 +96,19 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def link_file(source: Path, target: Path) -> bool:
+    """Give a file that never changes a second name, atomically; False where the two places cannot share one file."""
+    with storage_errors("write", target):
+        make_folder(target.parent)
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in _NO_LINK:
+                return False
+            raise
+        _fsync_folder(target.parent)
+    return True

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.errors import StorageError, VerificationFailed
-from manifests.reader import shard_problem
+from manifests.reader import shard_problems
 from manifests.report import Problem
-from manifests.schema import SCHEMA_VERSION, FeaturesSpec, Manifest, ShardEntry
-from manifests.shards import list_values, open_parquet, read_parquet, shard_schema, value_column
+from manifests.schema import FeaturesSpec, Manifest, ShardEntry
+from manifests.shard_reader import open_parquet, open_shard, read_parquet
+from manifests.shards import list_values, made_as, shard_mark, shard_schema, value_column
 from manifests.storage import Store
+from manifests.versions import READABLE_SHARDS
 
 _LARGEST_SHARD = 1 << 33  # the int32 values of the longest list that Arrow offsets can reach
 
@@ -45,24 +47,26 @@ def check_shard(store: Store, shard: ShardEntry, manifest: Manifest, *, deep: bo
     def report(code: str, message: str) -> None:
         found.problems.append(Problem(code, shard.path, message))
 
-    if problem := shard_problem(store, shard):
-        found.problems.append(problem)
+    found.problems.extend(shard_problems(store, [shard]))
+    if found.problems:
         return found
-    path = store.path(shard.path)
+    path = store.where(shard.path)
     try:
         data = store.read(shard.path) if deep else None
         if data is not None and hashlib.sha256(data).hexdigest() != shard.sha256:
             report("shard_sha256", f"{path} is damaged (another sha256): delete it and run the tokenize job again")
             return found  # whatever else it says is not worth believing, nor safe to parse
-        source = path if data is None else pa.py_buffer(data)
-        with open_parquet(source, path) as file:
+        opened = open_shard(store, shard.path) if data is None else open_parquet(pa.py_buffer(data), path)
+        with opened as file:
             readable = _check_footer(file, shard, manifest, report)
-        if deep and readable:
+        if data is not None and readable:
             columns = [*IDENTITY_COLUMNS, "view_boxes", manifest.kind]
-            _check_rows(read_parquet(source, path, columns), manifest, found, report)
+            _check_rows(read_parquet(pa.py_buffer(data), path, columns), manifest, found, report)
     except VerificationFailed as error:
         report("shard_schema", str(error))
     except StorageError as error:
+        if not store.is_local:
+            raise  # the network or the rights are at fault, and every other shard would say the same
         report("shard_missing", str(error))
     return found
 
@@ -78,15 +82,20 @@ def _check_footer(
     if wrong:
         report("shard_schema", f"{shard.path} lacks these columns or has them with another type: {', '.join(wrong)}")
     marks = {
-        "schema_version": (str(SCHEMA_VERSION), "shard_schema"),
         **{name.removeprefix("asvr."): (value, "shard_schema") for name, value in column.marks.items()},
-        "unit": (shard.unit, "shard_schema"),
         "fingerprint": (manifest.fingerprint, "fingerprint_mismatch"),
     }
     for name, (value, code) in marks.items():
-        mark = (schema.metadata or {}).get(f"asvr.{name}".encode(), b"").decode(errors="replace")
+        mark = shard_mark(schema, name)
         if mark != value:
             report(code, f"{shard.path} has {name} {mark!r}, its manifest says {value!r}")
+    version, unit = shard_mark(schema, "schema_version"), shard_mark(schema, "unit")
+    if version not in READABLE_SHARDS:
+        report(
+            "shard_schema", f"{shard.path} has schema_version {version!r}, which this asvr does not read: update asvr"
+        )
+    if not made_as(unit, shard.unit):
+        report("shard_schema", f"{shard.path} has unit {unit!r}, its manifest says {shard.unit!r}")
     rows = file.metadata.num_rows
     if rows != shard.rows:
         report("shard_rows", f"{shard.path} has {rows} rows, its manifest says {shard.rows}")

@@ -19,6 +19,10 @@ _MEMBER_SCHEMA = pa.schema(
 )
 
 
+COMMITS = "commits/"
+RECORD_SUFFIX = ".json.zst"
+
+
 @dataclass(frozen=True)
 class UnitMember:
     """One image of a unit as the inventory knew it: its identity (size, mtime) and the source row that names it."""
@@ -108,3 +112,13 @@ class CommitRecord(Frozen):
         if self.shard and self.shard.unit != self.unit:
             raise ValueError(f"the shard is of unit {self.shard.unit}, not {self.unit}")
         return self
+
+
+def commit_path(unit: str) -> str:
+    """The path of a unit's record below the output folder."""
+    return f"{COMMITS}{unit}{RECORD_SUFFIX}"
+
+
+def unit_order(unit: str) -> tuple[int, str]:
+    """Sort key of units: `u1000000` comes after `u999999`."""
+    return len(unit), unit

@@ -10,24 +10,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from io import BytesIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import zstandard
 from pydantic import ValidationError
 
 from manifests.codebook import encode_codebooks
-from manifests.commit_record import CommitRecord, MemberColumns, RejectRow, UnitMember
+from manifests.commit_record import (
+    COMMITS,
+    RECORD_SUFFIX,
+    CommitRecord,
+    MemberColumns,
+    RejectRow,
+    UnitMember,
+    commit_path,
+    unit_order,
+)
 from manifests.documents import compress, decompress, first_problem
-from manifests.errors import FingerprintMismatch, VerificationFailed
+from manifests.errors import VerificationFailed
 from manifests.fingerprint import canonical_json, fingerprint
+from manifests.gather import gather
+from manifests.id_hash import hash_ids
 from manifests.schema import (
     MANIFEST_NAME,
     FileEntry,
@@ -35,15 +48,16 @@ from manifests.schema import (
     Manifest,
     Producer,
     Provenance,
-    ShardEntry,
     SourceIdentity,
     TableEntry,
     TokenizerSpec,
     Totals,
 )
-from manifests.shards import INDEX_SCHEMA, REJECTS_SCHEMA, encode_index, encode_rejects, read_shard
+from manifests.shards import INDEX_SCHEMA, REJECTS_SCHEMA
 from manifests.storage import Store
+from manifests.table_writer import TableWriter
 from manifests.usage import decode_usage, depth_usage, encode_usage
+from manifests.versions import RECORD_UPGRADES, parsed
 
 __all__ = [
     "CommitRecord",
@@ -58,14 +72,13 @@ __all__ = [
     "encode_usage",
     "list_commits",
     "read_commit",
+    "read_commits",
     "write_commit",
 ]
 
 INLINE_SHARDS = 10_000
 """Up to here the manifest lists its shards itself; longer lists go to a zstd side file."""
 
-_COMMITS = "commits/"
-_SUFFIX = ".json.zst"
 _LARGEST_RECORD = 1 << 30
 
 
@@ -77,11 +90,22 @@ def write_commit(store: Store, record: CommitRecord) -> None:
 def read_commit(store: Store, unit: str) -> CommitRecord:
     """The record of a committed unit; a damaged or missing one is `VerificationFailed` naming its file."""
     path = commit_path(unit)
-    where = store.path(path)
     if not store.exists(path):
-        raise VerificationFailed(f"{where} is missing: run the tokenize stage again to make its unit")
+        raise VerificationFailed(f"{store.where(path)} is missing: run the tokenize stage again to make its unit")
+    return _record(store, unit, store.read(path))
+
+
+def read_commits(store: Store) -> Iterator[CommitRecord]:
+    """The records of all committed units in unit order, one at a time; errors as of `read_commit`."""
+    units = list_commits(store)
+    for unit, data in zip(units, store.read_many([commit_path(unit) for unit in units]), strict=True):
+        yield _record(store, unit, data)
+
+
+def _record(store: Store, unit: str, data: bytes) -> CommitRecord:
+    where = store.where(commit_path(unit))
     try:
-        record = CommitRecord.model_validate_json(decompress(store.read(path), limit=_LARGEST_RECORD))
+        record = parsed(CommitRecord, decompress(data, limit=_LARGEST_RECORD), RECORD_UPGRADES, where)
         if record.unit != unit:
             raise ValueError(f"it is the record of unit {record.unit}")
     except (zstandard.ZstdError, ValueError) as error:
@@ -94,18 +118,8 @@ def read_commit(store: Store, unit: str) -> CommitRecord:
 
 def list_commits(store: Store) -> list[str]:
     """The committed units, in unit order."""
-    names = [path[len(_COMMITS) : -len(_SUFFIX)] for path in store.list(_COMMITS) if path.endswith(_SUFFIX)]
+    names = [path[len(COMMITS) : -len(RECORD_SUFFIX)] for path in store.list(COMMITS) if path.endswith(RECORD_SUFFIX)]
     return sorted((name for name in names if "/" not in name), key=unit_order)
-
-
-def commit_path(unit: str) -> str:
-    """The path of a unit's record below the output folder."""
-    return f"{_COMMITS}{unit}{_SUFFIX}"
-
-
-def unit_order(unit: str) -> tuple[int, str]:
-    """Sort key of units: `u1000000` comes after `u999999`."""
-    return len(unit), unit
 
 
 @dataclass(frozen=True)
@@ -128,16 +142,21 @@ class ManifestHeader:
 def assemble_manifest(store: Store, header: ManifestHeader, records: Iterable[CommitRecord]) -> Manifest:
     """Write index, rejects, codebook, snapshot and, last, `manifest.json`; return the manifest. Hold the lease.
 
-    The records may come in any order. The same content gives the same bytes except the provenance, and when
-    only that would change, the manifest on disk stays and no snapshot is added. Raises `FingerprintMismatch`
-    for a record of another fingerprint and `VerificationFailed` for a shard that does not match its record or
-    an image_id that two units share.
+    The records of a list may come in any order; those of an iterator, of which only some are held at a time, come in
+    unit order. The same content gives the same bytes except the provenance, and when only that would change, the
+    manifest on disk stays and no snapshot is added. Raises `FingerprintMismatch` for a record of another fingerprint
+    and `VerificationFailed` for a shard that does not match its record or an image_id that two units share.
     """
     mark = fingerprint(header.fingerprint_keys)
-    gathered = _gather(store, records, mark, header.tokenizer.codebook_sizes)
-    shards, index, rejects = gathered.shards(), gathered.index(), gathered.rejects()
-    _refuse_duplicates(store, pa.chunked_array(index["image_id"].chunks + rejects["image_id"].chunks, pa.string()))
-    shards_file = None
+    if isinstance(records, Sequence):
+        records = sorted(records, key=lambda record: unit_order(record.unit))
+    with store.scratch() as index_file, store.scratch() as rejects_file:
+        with TableWriter(index_file, INDEX_SCHEMA) as index, TableWriter(rejects_file, REJECTS_SCHEMA) as rejects:
+            gathered = gather(store, records, mark, header.tokenizer.codebook_sizes, index, rejects)
+        _refuse_duplicates(store, gathered.ids, (index_file, rejects_file))
+        index_entry = TableEntry(**_put(store, "index-{}.parquet", index_file), rows=index.rows)
+        rejects_entry = TableEntry(**_put(store, "rejects-{}.parquet", rejects_file), rows=rejects.rows)
+    shards, shards_file = gathered.shards, None
     if len(shards) > INLINE_SHARDS:
         listing = json.dumps([shard.model_dump() for shard in shards], separators=(",", ":"))
         shards_file = FileEntry(**_put(store, "shards-{}.json.zst", compress(listing.encode())))
@@ -149,12 +168,12 @@ def assemble_manifest(store: Store, header: ManifestHeader, records: Iterable[Co
         source=header.source,
         shards=[] if shards_file else shards,
         shards_file=shards_file,
-        index=TableEntry(**_put(store, "index-{}.parquet", encode_index(index)), rows=index.num_rows),
-        rejects=TableEntry(**_put(store, "rejects-{}.parquet", encode_rejects(rejects)), rows=rejects.num_rows),
+        index=index_entry,
+        rejects=rejects_entry,
         totals=Totals(
-            images=index.num_rows + rejects.num_rows,
-            ok=index.num_rows,
-            rejected=rejects.num_rows,
+            images=index.rows + rejects.rows,
+            ok=index.rows,
+            rejected=rejects.rows,
             source_errors=header.source_errors,
             rejected_by_reason=dict(sorted(gathered.reasons.items())),
             views=gathered.views,
@@ -179,94 +198,17 @@ def _kind_keys(store: Store, header: ManifestHeader, usage: Sequence[npt.NDArray
     return {"tokenizer": spec, "codebook": codebook, "usage": [depth_usage(counts) for counts in usage]}
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What one commit record adds to the manifest."""
-
-    unit: str
-    shard: ShardEntry | None
-    index: pa.Table
-    rejects: pa.Table
-
-
-@dataclass
-class _Gathered:
-    usage: list[npt.NDArray[np.uint64]]
-    parts: list[_Part] = field(default_factory=list)
-    reasons: Counter[str] = field(default_factory=Counter)
-    numerics: set[bytes] = field(default_factory=set)
-    views: int = 0
-    codes: int = 0
-
-    def shards(self) -> list[ShardEntry]:
-        return [part.shard for part in self.parts if part.shard]
-
-    def index(self) -> pa.Table:
-        parts = [part.index for part in self.parts if part.shard]
-        ordinals = np.repeat(np.arange(len(parts), dtype=np.int32), [part.num_rows for part in parts])
-        table = pa.concat_tables([INDEX_SCHEMA.empty_table().drop_columns("shard"), *parts])
-        return table.append_column("shard", pa.array(ordinals)).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
-
-    def rejects(self) -> pa.Table:
-        return pa.concat_tables([REJECTS_SCHEMA.empty_table(), *(part.rejects for part in self.parts)])
-
-
-def _gather(store: Store, records: Iterable[CommitRecord], mark: str, sizes: Sequence[int]) -> _Gathered:
-    """Fold the records, one at a time, into columns; the parts come out in unit order."""
-    total = _Gathered(usage=[np.zeros(size, np.uint64) for size in sizes])
-    for record in records:
-        where = store.path(commit_path(record.unit))
-        if record.fingerprint != mark:
-            raise FingerprintMismatch(
-                f"{where} has fingerprint {record.fingerprint[:16]}, the job has {mark[:16]}: "
-                "choose another output folder, or use --replace"
-            )
-        try:
-            histograms = decode_usage(record.usage, sizes)
-        except ValueError as error:
-            raise VerificationFailed(f"{where} is damaged ({error}): delete it and run the job again") from error
-        for sums, counts in zip(total.usage, histograms, strict=True):
-            sums += counts
-        total.parts.append(_part(store, record))
-        total.reasons.update(row.reason for row in record.rejects)
-        total.numerics.add(canonical_json(record.numerics.model_dump(mode="json")))
-        total.views += record.views
-        total.codes += record.codes
-    total.parts.sort(key=lambda part: unit_order(part.unit))
-    return total
-
-
-def _part(store: Store, record: CommitRecord) -> _Part:
-    members = record.members.table().select(["image_id", "size", "mtime_ns"])
-    members = members.rename_columns({"size": "source_size", "mtime_ns": "source_mtime_ns"})
-    rejected = pa.array([row.image_id for row in record.rejects], pa.string())
-    rejects = members.take(pc.index_in(rejected, value_set=members["image_id"]))
-    for name, kind in (("reason", pa.string()), ("message", pa.string()), ("source_row", pa.int64())):
-        rejects = rejects.append_column(name, pa.array([getattr(row, name) for row in record.rejects], kind))
-    rejects = rejects.select(REJECTS_SCHEMA.names).cast(REJECTS_SCHEMA)
-    kept = members.filter(pc.invert(pc.is_in(members["image_id"], value_set=rejected)))
-    index = kept if record.shard is None else _index_of(store, record.shard, kept)
-    return _Part(record.unit, record.shard, index, rejects)
-
-
-def _index_of(store: Store, shard: ShardEntry, kept: pa.Table) -> pa.Table:
-    """The index rows of a shard, all but its ordinal; the shard must hold the images that were kept, in order."""
-    path = store.path(shard.path)
-    advice = f"delete {commit_path(shard.unit)} and run the job again to make its unit anew"
-    if not store.exists(shard.path) or store.size(shard.path) != shard.bytes:
-        raise VerificationFailed(f"{path} is missing or does not have its {shard.bytes} bytes: {advice}")
-    rows = read_shard(path, ["image_id", "sha256", "width", "height"])
-    if not rows["image_id"].equals(kept["image_id"]):
-        raise VerificationFailed(f"{path} does not hold the images of its commit record: {advice}")
-    rows = rows.replace_schema_metadata(None)
-    rows = rows.append_column("row", pa.array(np.arange(rows.num_rows, dtype=np.int32)))
-    for name in ("source_size", "source_mtime_ns"):
-        rows = rows.append_column(name, kept[name])
-    return rows.cast(pa.schema([INDEX_SCHEMA.field(name) for name in rows.schema.names]))
-
-
-def _refuse_duplicates(store: Store, ids: pa.ChunkedArray) -> None:
-    counts = pc.value_counts(ids)
+def _refuse_duplicates(store: Store, hashes: list[npt.NDArray[np.uint64]], tables: Iterable[BinaryIO]) -> None:
+    """Ids of one hash are looked at; where no two ids have one, as is usual, none is. Takes the hashes."""
+    ordered = np.concatenate(hashes or [np.empty(0, np.uint64)])
+    hashes.clear()
+    ordered.sort()
+    suspects = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(suspects):
+        return
+    batches = (batch for table in tables for batch in pq.ParquetFile(table).iter_batches(columns=["image_id"]))
+    found = [ids.filter(pa.array(np.isin(hash_ids(ids), suspects))) for (ids,) in batches]
+    counts = pc.value_counts(pa.chunked_array(found, pa.string()))
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice):
         name = twice[0]["values"].as_py()
@@ -276,13 +218,18 @@ def _refuse_duplicates(store: Store, ids: pa.ChunkedArray) -> None:
         )
 
 
-def _put(store: Store, pattern: str, data: bytes) -> dict[str, Any]:
-    """Write a content-named file unless it is there and whole; return the fields of its entry."""
-    sha256 = hashlib.sha256(data).hexdigest()
+def _put(store: Store, pattern: str, content: bytes | BinaryIO) -> dict[str, Any]:
+    """Write bytes, or what an open file holds, to a content-named file unless it is there and whole; return the fields
+    of its entry.
+    """
+    file = BytesIO(content) if isinstance(content, bytes) else content
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     path = pattern.format(sha256[:16])
-    if not store.exists(path) or store.read(path) != data:
-        store.write(path, data)
-    return {"path": path, "bytes": len(data), "sha256": sha256}
+    if store.size_if_there(path) != size or store.sha256(path, size) != sha256:
+        store.write(path, file)
+    return {"path": path, "bytes": size, "sha256": sha256}
 
 
 def _publish(store: Store, manifest: Manifest) -> Manifest:

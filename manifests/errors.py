@@ -67,6 +67,18 @@ class TrainingStopped(AsvrError):
     exit_code = 11
 
 
+class TimeLimitReached(AsvrError):
+    """Training reached its time limit: it is saved, and the same command goes on."""
+
+    exit_code = 12
+
+
+class RankLost(AsvrError):
+    """A rank of a training run was ended, or did not answer; the same command goes on from the last checkpoint."""
+
+    exit_code = 13
+
+
 class Interrupted(AsvrError):
     """Ctrl-C or SIGTERM ended the command; what was committed is kept."""
 
@@ -89,11 +101,13 @@ EXIT_CODES: dict[int, str] = {
     4: "an input is missing or unusable",
     5: "the output folder belongs to another fingerprint",
     6: "another driver is writing to the output folder",
-    7: "more inputs were rejected than max_reject_rate allows",
+    7: "more inputs were rejected than max_reject_rate or max_consecutive_rejects allows",
     8: "verification found problems",
     9: "a package, device or cluster resource is missing",
     10: "the storage refused a read or a write",
     11: "training stopped itself",
+    12: "training reached --time-limit; it is saved, and the same command goes on",
+    13: "a rank of the training was ended or did not answer; the same command goes on from the last checkpoint",
     130: "interrupted (Ctrl-C); what was committed is kept",
     141: "whoever read the output went away",
     143: "terminated (SIGTERM); what was committed is kept",

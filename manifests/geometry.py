@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from manifests.anyres import anyres_views
 from manifests.decode import POLICY
 from manifests.schema import Geometry
 
@@ -37,7 +38,8 @@ def make_views(image: NDArray[np.uint8], geometry: Geometry) -> tuple[NDArray[np
 
     image: uint8 (H, W, 3), RGB and upright, as `decode` returns it.
     Returns views uint8 (V, S, S, 3) and their boxes float32 (V, 4): x0, y0, x1, y1 in pixels of `image`, where pixel
-    (row i, column j) covers [j, j + 1) x [i, i + 1). With S = geometry.size and M = max(H, W), V is 1 and
+    (row i, column j) covers [j, j + 1) x [i, i + 1). With S = geometry.size and M = max(H, W), V is 1 in all modes but
+    the last and
 
     - squash: the whole image to S x S, aspect ratio not kept. Box (0, 0, W, H).
     - pad: the image on an M x M square of `background`, at offset ((M - W) // 2, (M - H) // 2), then to S x S. LLaVA's
@@ -46,12 +48,16 @@ def make_views(image: NDArray[np.uint8], geometry: Geometry) -> tuple[NDArray[np
       (L - S) // 2 along the longer edge. CLIP's preprocessing. The box is the window in source pixels. When S x L is
       above 2^26 pixels (a strip 450 times as long as wide, at S = 384) only the window is resized, which may differ
       from the definition by a few levels.
+    - anyres: first the whole image squashed, then tiles of the image on a larger canvas: `manifests.anyres`.
 
     Raises ValueError for an array of another type or shape, a programming error.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"an image is uint8 (H, W, 3), not {image.dtype} {image.shape}")
     picture = Image.fromarray(np.ascontiguousarray(image))
+    if geometry.mode == "anyres":
+        views, boxes = anyres_views(picture, geometry)
+        return views, boxes.astype(np.float32)
     box: Box
     if geometry.mode == "squash":
         view, box = _bicubic(picture, geometry.size, geometry.size), (0.0, 0.0, picture.width, picture.height)
@@ -73,6 +79,8 @@ def _pad(picture: Image.Image, size: int, background: tuple[int, int, int]) -> t
     go through it in strips and the bars all at once, and the pixels are those of the whole square.
     """
     width, height = picture.size
+    if width == height:
+        return _bicubic(picture, size, size), (0, 0, width, height)
     edge = max(width, height)
     left, top = (edge - width) // 2, (edge - height) // 2
     across = Image.new("RGB", (size, edge))  # the square after its horizontal pass
@@ -143,14 +151,17 @@ def content_mask(view_boxes: ArrayLike, grid: tuple[int, int], width: int, heigh
 
     view_boxes: (V, 4); width, height: the image in pixels. Returns bool (V * rows * columns,), in the order of
     `position_boxes`: True where the cell and the picture [0, width) x [0, height) share an area above zero. Exact for
-    boxes in whole pixels (squash, pad); a box of `crop` lies inside the picture, so that every position counts.
+    boxes in whole pixels (squash, pad); a box of `crop` lies inside the picture, so that every position counts; the
+    tiles of `anyres` have fractional boxes, in which a share as thin as the rounding of float32 is none.
     """
     rows, columns = grid
     boxes_V4 = _boxes(view_boxes)
     x = _edges(boxes_V4[:, 0], boxes_V4[:, 2], columns)
     y = _edges(boxes_V4[:, 1], boxes_V4[:, 3], rows)
-    inside_x = (x[:, 1:] > 0) & (x[:, :-1] < width * columns)
-    inside_y = (y[:, 1:] > 0) & (y[:, :-1] < height * rows)
+    whole = (boxes_V4 == np.floor(boxes_V4)).all(axis=1, keepdims=True)
+    rounding = np.where(whole, 0.0, np.abs(boxes_V4).max(axis=1, keepdims=True) * 2.0**-23)
+    inside_x = (x[:, 1:] > rounding * columns) & (x[:, :-1] < (width - rounding) * columns)
+    inside_y = (y[:, 1:] > rounding * rows) & (y[:, :-1] < (height - rounding) * rows)
     return np.asarray(inside_y[:, :, None] & inside_x[:, None, :]).reshape(-1)
 
 
@@ -185,7 +196,7 @@ def probe_sha256(geometry: Geometry) -> str:
 def geometry_keys(geometry: Geometry) -> dict[str, Any]:
     """What the pixels of a view depend on besides the file, for the fingerprint.
 
-    The background is in it for `pad` only: in the other modes it colours nothing.
+    The background is in it for `pad` and `anyres` only: in the other modes it colours nothing.
     """
     keys: dict[str, Any] = {
         "mode": geometry.mode,
@@ -194,6 +205,8 @@ def geometry_keys(geometry: Geometry) -> dict[str, Any]:
         "decode": dict(POLICY),
         "probe_sha256": probe_sha256(geometry),
     }
-    if geometry.mode == "pad":
+    if geometry.mode in ("pad", "anyres"):
         keys["background"] = list(geometry.background)
+    if geometry.mode == "anyres":
+        keys["grid_pinpoints"] = [list(pinpoint) for pinpoint in geometry.grid_pinpoints]
     return keys

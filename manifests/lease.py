@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from manifests.atomic import make_folder, storage_errors
 from manifests.errors import LeaseHeld
+from manifests.redact import command_line
 
 _PATIENCE_S = 0.5  # longer than `lease_owner` holds its shared lock, so that asking for the status refuses no driver
 _held_fds: set[int] = set()
@@ -110,7 +110,7 @@ def _lock(fd: int) -> bool:
 
 def _write_owner(fd: int, purpose: str) -> None:
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    owner = LeaseOwner(socket.gethostname(), os.getpid(), started, purpose, " ".join(sys.argv))
+    owner = LeaseOwner(socket.gethostname(), os.getpid(), started, purpose, " ".join(command_line()))
     os.ftruncate(fd, 0)
     os.pwrite(fd, json.dumps(asdict(owner)).encode(), 0)
 

@@ -7,7 +7,6 @@ by sizes that are checked first.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,6 @@ from manifests.errors import InputError, VerificationFailed
 from manifests.report import Problem
 from manifests.schema import (
     MANIFEST_NAME,
-    SCHEMA_VERSION,
     FeaturesSpec,
     FileEntry,
     Kind,
@@ -35,21 +33,14 @@ from manifests.schema import (
     ShardEntry,
     TokenizerSpec,
 )
-from manifests.shards import (
-    INDEX_SCHEMA,
-    UNREADABLE,
-    damaged,
-    list_values,
-    open_parquet,
-    read_parquet,
-    read_shard,
-    shard_schema,
-    value_column,
-)
-from manifests.storage import Store
+from manifests.shard_reader import UNREADABLE, damaged, open_shard, read_parquet, read_shard
+from manifests.shards import INDEX_SCHEMA, list_values, shard_schema, value_column
+from manifests.storage import Store, is_url
+from manifests.versions import MANIFEST_UPGRADES, parsed
 
 _LARGEST_MANIFEST = 256 << 20
 _LARGEST_LISTING = 1 << 30
+_INDEX_ROWS = 64 << 10
 _SHARD_LIST = TypeAdapter(list[ShardEntry])
 
 
@@ -61,13 +52,14 @@ class OpenManifest:
     """
 
     manifest: Manifest
-    folder: Path
+    store: Store
     digest: str
     shards: tuple[ShardEntry, ...]
 
     @property
-    def store(self) -> Store:
-        return Store.open(self.folder)
+    def folder(self) -> str:
+        """Where the set is: an absolute path or a URL."""
+        return self.store.location
 
     @property
     def tokenizer(self) -> TokenizerSpec:
@@ -97,8 +89,7 @@ class OpenManifest:
         spec, entry = self.tokenizer, self.codebook
         # 64 KiB hold the header of a safetensors file with any believable depth.
         data = read_entry(self.store, entry, limit=4 * spec.code_dim * sum(spec.codebook_sizes) + (64 << 10))
-        name = str(self.store.path(entry.path))
-        return decode_codebooks(data, spec.codebook_sizes, spec.code_dim, name)
+        return decode_codebooks(data, spec.codebook_sizes, spec.code_dim, self.store.where(entry.path))
 
     def index(self) -> pa.Table:
         """One row per ok image, in shard order, with the columns of `INDEX_SCHEMA`. Kept once read."""
@@ -145,10 +136,37 @@ class OpenManifest:
                 found[place] = values
         return found
 
+    def iter_index(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of the index, in batches and in its order, without holding it.
+
+        Its sha256 is checked before the first batch, so the file is read twice.
+        """
+        self.check_index()
+        path = self.manifest.index.path
+        with open_shard(self.store, path) as file:
+            try:
+                # One row group at a time: of an object store, all that is asked for at once is fetched at once.
+                for group in range(file.num_row_groups):
+                    for batch in file.iter_batches(_INDEX_ROWS, row_groups=[group], columns=list(columns)):
+                        if set(columns) - set(batch.schema.names):
+                            raise damaged(self.store.where(path), ValueError(f"it lacks some of {sorted(columns)}"))
+                        yield batch
+            except UNREADABLE as error:
+                raise self.store.fault(path, error) or damaged(self.store.where(path), error) from error
+
+    def check_index(self) -> None:
+        """`VerificationFailed` unless the index is the file that the manifest names; it is read by pieces."""
+        entry = self.manifest.index
+        problem = size_problem(self.store, entry)
+        if problem is None and self.store.sha256(entry.path, entry.bytes) != entry.sha256:
+            problem = f"{self.store.where(entry.path)} is not the file that its manifest names (sha256 differs)"
+        if problem:
+            raise VerificationFailed(f"{problem}: run the tokenize stage again to write it anew")
+
     def iter_shards(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The shards' rows, shard by shard in the manifest's order; all columns, or some."""
         for shard in self.shards:
-            yield read_shard(self.store.path(shard.path), columns)
+            yield read_shard(self.store, shard.path, columns)
 
     @cached_property
     def _index(self) -> pa.Table:
@@ -157,21 +175,21 @@ class OpenManifest:
         ordinals = table["shard"].to_numpy() if table.schema.equals(INDEX_SCHEMA) else None
         if ordinals is None or (ordinals.size and not 0 <= ordinals.min() <= ordinals.max() < len(self.shards)):
             raise VerificationFailed(
-                f"{self.store.path(entry.path)} is not an index of the manifest's shards: "
+                f"{self.store.where(entry.path)} is not an index of the manifest's shards: "
                 "run the tokenize stage again to write it anew"
             )
         return table
 
     def _table(self, entry: FileEntry) -> pa.Table:
         data = read_entry(self.store, entry, limit=entry.bytes)
-        return read_parquet(pa.py_buffer(data), self.store.path(entry.path))
+        return read_parquet(pa.py_buffer(data), self.store.where(entry.path))
 
     def _rows_of_shard(self, shard: ShardEntry, rows: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[Any]]:
         """The codes or features of some rows, in the order asked; only their row groups are decoded."""
         spec = self.manifest.producer
         column = value_column(spec)
-        path = self.store.path(shard.path)
-        with open_parquet(path, path) as file:
+        path = self.store.where(shard.path)
+        with open_shard(self.store, shard.path) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             starts = np.concatenate([[0], np.cumsum(sizes)])
             if starts[-1] != shard.rows or rows.max() >= shard.rows or rows.min() < 0:
@@ -181,7 +199,7 @@ class OpenManifest:
             try:
                 table = file.read_row_groups(needed.tolist(), columns=[column.kind])
             except UNREADABLE as error:
-                raise damaged(path, error) from error
+                raise self.store.fault(shard.path, error) or damaged(path, error) from error
         wanted = shard_schema(column).field(column.kind)
         if table.schema.names != [column.kind] or not table.schema.field(column.kind).equals(wanted):
             raise damaged(path, ValueError(f"it does not have the column {wanted}"))
@@ -204,10 +222,8 @@ def open_manifest(path: str | Path) -> OpenManifest:
     that are missing or have another size.
     """
     opened = load_manifest(path)
-    for shard in opened.shards:
-        problem = size_problem(opened.store, shard)
-        if problem:
-            raise VerificationFailed(f"{problem}: run asvr verify on {opened.folder} to see all that is damaged")
+    for problem in shard_problems(opened.store, opened.shards):
+        raise VerificationFailed(f"{problem.message}: run asvr verify on {opened.folder} to see all that is damaged")
     return opened
 
 
@@ -215,59 +231,74 @@ def load_manifest(path: str | Path) -> OpenManifest:
     """Open a manifest as `open_manifest` does, without a look at its shards."""
     store, manifest, data = read_manifest(path)
     shards = manifest.shards if manifest.shards_file is None else read_shard_list(store, manifest.shards_file)
-    return OpenManifest(manifest, Path(store.location), hashlib.sha256(data).hexdigest(), tuple(shards))
+    return OpenManifest(manifest, store, hashlib.sha256(data).hexdigest(), tuple(shards))
+
+
+def locate_manifest(location: str | Path) -> tuple[Store, str]:
+    """The folder, and the path in it, of the manifest that `location` names: a folder, its manifest or a snapshot.
+
+    Nothing need be there. What ends in .json is a manifest, unless it is a local folder.
+    """
+    text = str(location).rstrip("/")
+    parent, _, name = text.rpartition("/")
+    if not name.endswith(".json") or (not is_url(text) and Path(text).is_dir()):
+        return Store.open(text), MANIFEST_NAME
+    above, _, last = parent.rpartition("/")
+    if last == "snapshots":
+        return Store.open(above or "."), f"snapshots/{name}"
+    return Store.open(parent or ("/" if text.startswith("/") else ".")), name
 
 
 def read_manifest(path: str | Path) -> tuple[Store, Manifest, bytes]:
     """The folder, the manifest and its bytes; errors as of `open_manifest`."""
-    place = Path(path)
-    if place.is_dir():
-        place = place / MANIFEST_NAME
-    folder = place.parent.parent if place.parent.name == "snapshots" else place.parent
-    if not place.is_file():
+    store, name = locate_manifest(path)
+    place = store.where(name)
+    size = store.size_if_there(name)
+    if size is None:
         raise InputError(f"there is no manifest at {place}: give the output folder of a finished tokenize job")
-    store = Store.open(folder)
-    name = place.relative_to(folder).as_posix()
-    if store.size(name) > _LARGEST_MANIFEST:
-        raise VerificationFailed(
-            f"{place} has {store.size(name)} bytes, which is no manifest: restore it from a backup"
-        )
+    if size > _LARGEST_MANIFEST:
+        raise VerificationFailed(f"{place} has {size} bytes, which is no manifest: restore it from a backup")
     data = store.read(name)
     try:
-        manifest = Manifest.model_validate_json(data)
+        manifest = parsed(Manifest, data, MANIFEST_UPGRADES, place)
     except ValidationError as error:
-        raise VerificationFailed(_invalid(place, data, error)) from error
+        raise VerificationFailed(
+            f"{place} is not a manifest ({first_problem(error)}): restore it, or run the tokenize stage again"
+        ) from error
     return store, manifest, data
 
 
 def size_problem(store: Store, entry: FileEntry) -> str | None:
     """What is wrong with a file's presence or size, or None."""
-    path = store.path(entry.path)
-    found = store.size_if_there(entry.path)
-    if found is None:
-        return f"{path} is missing"
-    return None if found == entry.bytes else f"{path} has {found} bytes, its manifest says {entry.bytes}"
+    return _size_problem(store, entry, store.size_if_there(entry.path))
 
 
-def shard_problem(store: Store, shard: ShardEntry) -> Problem | None:
-    """`size_problem` of a shard as a problem with its code."""
-    message = size_problem(store, shard)
-    if message is None:
+def shard_problems(store: Store, shards: Sequence[ShardEntry]) -> Iterator[Problem]:
+    """The shards that are missing or have another size; on an object store this takes a listing, not a look at each."""
+    for shard, found in zip(shards, store.sizes([shard.path for shard in shards]), strict=True):
+        message = _size_problem(store, shard, found)
+        if message is not None:
+            yield Problem("shard_missing" if found is None else "shard_size", shard.path, message)
+
+
+def _size_problem(store: Store, entry: FileEntry, found: int | None) -> str | None:
+    if found == entry.bytes:
         return None
-    return Problem("shard_size" if store.exists(shard.path) else "shard_missing", shard.path, message)
+    path = store.where(entry.path)
+    return f"{path} is missing" if found is None else f"{path} has {found} bytes, its manifest says {entry.bytes}"
 
 
 def read_entry(store: Store, entry: FileEntry, *, limit: int) -> bytes:
     """The bytes of a file beside the manifest, after its size (at most `limit`) and sha256 proved right."""
     problem = size_problem(store, entry)
     if problem is None and entry.bytes > limit:
-        problem = f"{store.path(entry.path)} has {entry.bytes} bytes, more than the {limit} it can need"
+        problem = f"{store.where(entry.path)} has {entry.bytes} bytes, more than the {limit} it can need"
     if problem:
         raise VerificationFailed(f"{problem}: run the tokenize stage again to write it anew")
     data = store.read(entry.path)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise VerificationFailed(
-            f"{store.path(entry.path)} is not the file that its manifest names (sha256 differs): "
+            f"{store.where(entry.path)} is not the file that its manifest names (sha256 differs): "
             "run the tokenize stage again to write it anew"
         )
     return data
@@ -280,16 +311,6 @@ def read_shard_list(store: Store, entry: FileEntry) -> list[ShardEntry]:
         return _SHARD_LIST.validate_json(decompress(data, limit=_LARGEST_LISTING))
     except (zstandard.ZstdError, ValidationError) as error:
         raise VerificationFailed(
-            f"{store.path(entry.path)} is not a list of shards ({first_problem(error)}): "
+            f"{store.where(entry.path)} is not a list of shards ({first_problem(error)}): "
             "run the tokenize stage again to write it anew"
         ) from error
-
-
-def _invalid(place: Path, data: bytes, error: ValidationError) -> str:
-    try:
-        version = json.loads(data)["schema_version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        version = SCHEMA_VERSION
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        return f"{place} has schema version {version}, this asvr reads up to {SCHEMA_VERSION}: update asvr"
-    return f"{place} is not a manifest ({first_problem(error)}): restore it, or run the tokenize stage again"

@@ -1,6 +1,7 @@
 """Reading LLaVA records: a JSON list or JSON lines, plain or zstd-compressed.
 
-A record is `{"id": ..., "image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": ..., "value": ...}, ...]}`.
+A record is `{"id": ..., "image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": ..., "value": ...}, ...]}`,
+or the `messages` and `images` of Hugging Face data sets in place of the last two (`manifests.messages`).
 One wrong record is a `BadRecord`, counted and named; a file that cannot be read any further is an `InputError`.
 """
 
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
 from manifests.errors import InputError
+from manifests.messages import turns_of_messages
 from manifests.refs import image_id_of, read_image, resolve_inside
+from manifests.storage import Store, is_url
+from manifests.zstd_stream import DamagedZstd, ZstdStream
 
 __all__ = ["BadRecord", "Record", "Turn", "image_id_of", "read_image", "read_records", "resolve_inside"]
 
@@ -56,78 +60,44 @@ class BadRecord:
 def read_records(path: Path | str) -> Iterator[Record | BadRecord]:
     """Every record of a file, in order.
 
-    path: .json (one list), .jsonl (one object a line, blank lines skipped), or either with .zst. Lines are streamed;
+    path: a path or URL; .json (one list), .jsonl (one object a line, blank lines skipped), or either with .zst. Lines are streamed;
     a list is held as text and parsed record by record. Raises InputError, one sentence with line and column where
     there is one, for a file that is missing, of another kind, not zstd, cut off, not UTF-8 or, in a .json, not JSON.
     The kind and the existence of the file are checked here and now, the content while it is read.
     """
-    path = Path(path)
-    if not path.name.lower().endswith(_SUFFIXES):
-        raise InputError(f"{path} is not a record file; give one that ends in {', '.join(_SUFFIXES)}")
+    name = str(path)
+    if not name.lower().endswith(_SUFFIXES):
+        raise InputError(f"{name} is not a record file; give one that ends in {', '.join(_SUFFIXES)}")
+    return _read(name, _open(name), lines=name.lower().endswith((".jsonl", ".jsonl.zst")))
+
+
+def _open(path: str) -> BinaryIO:
+    if is_url(path):
+        folder, _, name = path.rpartition("/")
+        store = Store.open(folder)
+        if store.stat(name) is None:
+            raise InputError(f"cannot open the records {path}: no such file")
+        return io.BufferedReader(store.open_input(name), 2**22)
     try:
-        file = path.open("rb")
+        return Path(path).open("rb")
     except OSError as error:
         raise InputError(f"cannot open the records {path}: {error.strerror}") from None
-    lines = path.name.lower().endswith((".jsonl", ".jsonl.zst"))
-    return _read(path, file, lines)
 
 
-def _read(path: Path, file: BinaryIO, lines: bool) -> Iterator[Record | BadRecord]:
+def _read(path: str, file: BinaryIO, *, lines: bool) -> Iterator[Record | BadRecord]:
     with file:
         stream: BinaryIO = file
-        if path.name.lower().endswith(".zst"):
-            stream = io.BufferedReader(_Zstd(path, file), 2**20)
+        if path.lower().endswith(".zst"):
+            stream = io.BufferedReader(ZstdStream(file, bomb_limit=False), 2**20)
         try:
             yield from _read_lines(path, stream) if lines else _read_list(path, stream)
+        except DamagedZstd as error:
+            raise InputError(f"the compressed records {path} are {error}; copy the file again") from None
         except OSError as error:
             raise InputError(f"cannot read the records {path}: {error.strerror or error}") from None
 
 
-class _Zstd(io.RawIOBase):
-    """Decompressed bytes of a zstd file in bounded memory. A file that is damaged or cut off is an InputError.
-
-    Small pieces go in because zstd can make 32,768 times as many bytes of them as come out at once.
-    """
-
-    _PIECE = 2_048
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        import zstandard
-
-        self._path, self._file = path, file
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)
-        self._frame = self._decompressor.decompressobj()
-        self._in_frame = False
-        self._ready = memoryview(b"")
-        self._waiting = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            piece = self._waiting or self._file.read(self._PIECE)
-            self._waiting = b""
-            if not piece:
-                if self._in_frame:
-                    raise InputError(f"the compressed records {self._path} are cut off; copy the file again")
-                return 0
-            try:
-                self._ready = memoryview(self._frame.decompress(piece))
-            except self._error as error:
-                raise InputError(f"the compressed records {self._path} are damaged or not zstd ({error})") from None
-            self._in_frame = not self._frame.eof
-            if self._frame.eof:
-                self._waiting = self._frame.unused_data
-                self._frame = self._decompressor.decompressobj()
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-def _read_lines(path: Path, stream: BinaryIO) -> Iterator[Record | BadRecord]:
+def _read_lines(path: str, stream: BinaryIO) -> Iterator[Record | BadRecord]:
     row = 0
     while line := stream.readline(MAX_LINE_BYTES):
         where = f"{path}, line {row + 1}"
@@ -154,7 +124,7 @@ def _parse_line(line: bytes, row: int, where: str) -> Record | BadRecord:
         return BadRecord(row, f"{where}: {error}")
 
 
-def _read_list(path: Path, stream: BinaryIO) -> Iterator[Record | BadRecord]:
+def _read_list(path: str, stream: BinaryIO) -> Iterator[Record | BadRecord]:
     data = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         raise InputError(f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes; write one record a line, as .jsonl")
@@ -212,11 +182,17 @@ def _record(value: Any, row: int, where: str) -> Record | BadRecord:
     name = value.get("id")
     if not isinstance(name, str | int | None) or isinstance(name, bool):
         return BadRecord(row, f'{where}: "id" is text or an integer, not {_kind(name)}')
-    images = value.get("image")
+    images = value.get("image", value.get("images"))
     images = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         return BadRecord(row, f'{where}: "image" is a path or a list of paths')
     turns = value.get("conversations")
+    messages = value.get("messages")
+    if turns is None and isinstance(messages, list):
+        try:
+            turns = turns_of_messages(messages)
+        except ValueError as error:
+            return BadRecord(row, f"{where}: {error}")
     turns = [] if turns is None else turns
     if not isinstance(turns, list):
         return BadRecord(row, f'{where}: "conversations" is a list, not {_kind(turns)}')

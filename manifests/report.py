@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from manifests.live import JobProgress
+from manifests.schema import Numerics
 
 State = Literal["complete", "in progress", "interrupted"]
 
@@ -19,7 +23,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a manifest says it holds, and everything found to be wrong with it."""
+    """What a manifest says it holds, and everything found to be wrong with it. `notes` are worth knowing, and no fault."""
 
     images: int = 0
     ok: int = 0
@@ -27,6 +31,7 @@ class VerifyReport:
     shards: int = 0
     fingerprint: str | None = None
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -37,8 +42,22 @@ class VerifyReport:
 class StatusReport(VerifyReport):
     """The counts so far; `interrupted` means that running the job again goes on where it stopped.
 
-    `owner` says who holds the lease while the state is `in progress`.
+    `owner` says who holds the lease while the state is `in progress`. `progress` is what that job, or the one that was
+    interrupted, last wrote about itself, `progress_age` seconds ago.
     """
 
     state: State = "complete"
     owner: str | None = None
+    progress: JobProgress | None = None
+    progress_age: float | None = None
+
+
+def mixed_devices(numerics: Sequence[Numerics]) -> str | None:
+    """A sentence about a set whose codes come from several kinds of device; None for the usual set."""
+    devices = sorted({record.device for record in numerics})
+    if len(devices) < 2:
+        return None
+    return (
+        f"units were computed on {len(devices)} kinds of device ({'; '.join(devices)}): codes whose margin is below "
+        "rounding may differ between them, see asvr verify --recompute"
+    )

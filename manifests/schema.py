@@ -101,12 +101,21 @@ class FeaturesSpec(ProducerSpec):
 Producer = TokenizerSpec | FeaturesSpec
 
 
+MOST_TILES = 64
+"""Tiles of the largest grid pinpoint of `anyres`; published models have up to 36."""
+
+
 class Geometry(Frozen):
     """How a decoded image becomes square uint8 views. See `manifests.geometry`."""
 
-    mode: Literal["squash", "pad", "crop"]
+    mode: Literal["squash", "pad", "crop", "anyres"]
     size: PositiveInt = Field(description="edge of a view in pixels", le=4096)
-    background: tuple[int, int, int] = Field(default=(127, 127, 127), description="RGB of the letterbox bars of `pad`")
+    background: tuple[int, int, int] = Field(
+        default=(127, 127, 127), description="RGB of the bars of `pad` and around the picture of `anyres`"
+    )
+    grid_pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        default=(), description="(height, width) in pixels of the canvases of `anyres`, in order of preference"
+    )
 
     @field_validator("background")
     @classmethod
@@ -114,6 +123,25 @@ class Geometry(Frozen):
         if any(not 0 <= channel <= 255 for channel in value):
             raise ValueError("background channels are integers from 0 to 255")
         return value
+
+    @model_validator(mode="after")
+    def _pinpoints_are_grids_of_tiles(self) -> Geometry:
+        if (self.mode == "anyres") != bool(self.grid_pinpoints):
+            raise ValueError("grid_pinpoints belong to anyres, which needs at least one")
+        for height, width in self.grid_pinpoints:
+            if height % self.size or width % self.size:
+                raise ValueError(f"the grid pinpoint [{height}, {width}] is not a multiple of size {self.size}")
+            if height * width > MOST_TILES * self.size**2:
+                raise ValueError(f"the grid pinpoint [{height}, {width}] makes more than {MOST_TILES} tiles")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _pinpoints_of_anyres_only(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The other modes are written as they were before there was anyres, byte for byte."""
+        fields: dict[str, Any] = handler(self)
+        if not self.grid_pinpoints:
+            fields.pop("grid_pinpoints", None)
+        return fields
 
 
 class FileEntry(Frozen):

@@ -9,44 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from manifests.columns import ROW_GROUP_ROWS, ValueColumn, code_column, code_dtype, feature_column, value_column
-from manifests.errors import VerificationFailed
 from manifests.schema import SCHEMA_VERSION, FeatureDtype
+from manifests.table_writer import TableWriter
 
 __all__ = [
     "INDEX_SCHEMA",
     "REJECTS_SCHEMA",
     "ROW_GROUP_ROWS",
-    "UNREADABLE",
     "Locator",
     "ShardData",
     "ValueColumn",
     "code_dtype",
-    "damaged",
     "encode_index",
     "encode_rejects",
+    "encode_rows",
     "encode_shard",
     "list_values",
-    "open_parquet",
-    "read_parquet",
-    "read_shard",
+    "made_as",
+    "shard_mark",
     "shard_name",
     "shard_schema",
     "value_column",
 ]
-
-TABLE_ROW_GROUP_ROWS = 1 << 20
-
-UNREADABLE = (pa.ArrowException, OSError, ValueError)
-"""What pyarrow raises for a damaged file; `ValueError` for names in the footer that are not UTF-8."""
 
 _LARGEST_LIST = 2**31 - 1  # Arrow's list offsets are int32
 
@@ -166,6 +159,13 @@ def encode_shard(
     if clash := set(extra.schema.names) & set(schema.names):
         raise ValueError(f"unit {unit} carries source columns with names of the shard's own: {sorted(clash)}")
     table = pa.Table.from_arrays([*columns, *extra.columns], schema=pa.schema([*schema, *extra.schema]))
+    return encode_rows(table, column, fingerprint=fingerprint, unit=unit)
+
+
+def encode_rows(table: pa.Table, column: ValueColumn, *, fingerprint: str, unit: str) -> bytes:
+    """The Parquet bytes of a shard from its columns as Arrow has them: those of `shard_schema`, then carried ones."""
+    carried = table.schema.names[len(shard_schema(column)) :]
+    longest = pc.max(pc.list_value_length(table[column.kind])).as_py() or 0
     table = table.replace_schema_metadata(
         {
             "asvr.schema_version": str(SCHEMA_VERSION),
@@ -180,12 +180,12 @@ def encode_shard(
         table.schema,
         compression="zstd",
         compression_level=1,
-        use_dictionary=["file", *extra.schema.names],
+        use_dictionary=["file", *carried],
         column_encoding={column.leaf: "BYTE_STREAM_SPLIT"},
         write_statistics=["image_id", "width", "height"],
         write_page_checksum=True,
     ) as writer:
-        writer.write_table(table, row_group_size=column.group_rows(max((row.size for row in data.codes), default=0)))
+        writer.write_table(table, row_group_size=column.group_rows(longest))
     return bytes(sink.getvalue())
 
 
@@ -194,38 +194,17 @@ def shard_name(unit: str, sha256: str) -> str:
     return f"shards/{unit}-{sha256[:16]}.parquet"
 
 
-def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a shard (all columns, or some); a damaged file is `VerificationFailed` naming it."""
-    return read_parquet(path, path, columns)
+def shard_mark(schema: pa.Schema, name: str) -> str:
+    """What a shard's metadata says of its `schema_version`, `fingerprint`, `unit`, `kind` or `dtype`; else nothing."""
+    return str((schema.metadata or {}).get(f"asvr.{name}".encode(), b"").decode(errors="replace"))
 
 
-def read_parquet(source: Path | pa.Buffer, name: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A whole Parquet file, page checksums verified; damage is `VerificationFailed` naming `name`."""
-    with open_parquet(source, name) as file:
-        try:
-            table = file.read(columns=None if columns is None else list(columns))
-        except UNREADABLE as error:
-            raise damaged(name, error) from error
-    absent = set(columns or ()) - set(table.schema.names)  # pyarrow leaves out what it does not find
-    if absent:
-        raise damaged(name, ValueError(f"it lacks the columns {sorted(absent)}"))
-    return table
+def made_as(mark: str, unit: str) -> bool:
+    """Whether a shard that says it is of unit `mark` can be that of `unit`.
 
-
-def open_parquet(source: Path | pa.Buffer, name: Path | str) -> pq.ParquetFile:
-    """A Parquet file with its footer read and page checksums on; damage is `VerificationFailed` naming `name`."""
-    try:
-        return pq.ParquetFile(
-            pa.BufferReader(source) if isinstance(source, pa.Buffer) else source, page_checksum_verification=True
-        )
-    except UNREADABLE as error:
-        raise damaged(name, error) from error
-
-
-def damaged(name: Path | str, error: Exception) -> VerificationFailed:
-    """The error for a Parquet file that does not read."""
-    reason = " ".join(str(error).split())[:200]
-    return VerificationFailed(f"{name} is missing or damaged ({reason}): run asvr verify on its folder")
+    In a merged set the unit `u000003` of the second set is called `1.u000003`, and its shard is the very file it was.
+    """
+    return bool(mark) and (unit == mark or unit.endswith(f".{mark}"))
 
 
 def encode_index(table: pa.Table) -> bytes:
@@ -272,6 +251,6 @@ def _list_column(rows: Any, dtype: np.dtype[Any]) -> pa.ListArray:
 
 def _encode_table(table: pa.Table, schema: pa.Schema) -> bytes:
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, schema, compression="zstd", compression_level=3, write_page_checksum=True) as writer:
-        writer.write_table(table.select(schema.names).cast(schema), row_group_size=TABLE_ROW_GROUP_ROWS)
+    with TableWriter(sink, schema) as writer:
+        writer.add(table)
     return bytes(sink.getvalue())

@@ -3,14 +3,13 @@
 Codes: manifest_missing, manifest_invalid, shards_file_invalid, fingerprint_mismatch, codebook_missing,
 codebook_sha256, codebook_invalid, index_missing, index_sha256, index_mismatch, rejects_missing, rejects_sha256,
 rejects_mismatch, shard_missing, shard_size, shard_sha256, shard_schema, shard_rows, row_length, code_range, not_finite,
-duplicate_id, totals, usage, commit_invalid. Files that nothing names are no problem.
+duplicate_id, totals, usage, commit_invalid; from `tokenize_stage.recompute` also recompute_mismatch, recompute_views.
+Files that nothing names are no problem.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +21,20 @@ from manifests.codebook import decode_codebooks
 from manifests.commits import list_commits, read_commit
 from manifests.errors import InputError, VerificationFailed
 from manifests.fingerprint import fingerprint
-from manifests.reader import read_entry, read_manifest, read_shard_list
-from manifests.report import Problem, StatusReport, VerifyReport
+from manifests.parallel import ordered_map
+from manifests.reader import locate_manifest, read_entry, read_manifest, read_shard_list
+from manifests.report import Problem, StatusReport, VerifyReport, mixed_devices
 from manifests.schema import MANIFEST_NAME, FileEntry, Manifest, ShardEntry, TableEntry
-from manifests.shards import INDEX_SCHEMA, REJECTS_SCHEMA, read_parquet
-from manifests.status import status
+from manifests.shard_reader import read_parquet
+from manifests.shards import INDEX_SCHEMA, REJECTS_SCHEMA
+from manifests.status import refuse_run, status
 from manifests.storage import LEASE_NAME, Store
 from manifests.usage import depth_usage
 
 __all__ = ["Problem", "StatusReport", "VerifyReport", "status", "verify"]
 
 _PERPLEXITY_TOLERANCE = 1e-3
+_THREADS = 8  # shards that are checked at once
 
 
 def verify(
@@ -44,17 +46,17 @@ def verify(
     files are checked. `progress(done, total)` is called after each shard. Raises `InputError` only when the
     folder holds nothing of a token set.
     """
-    place = Path(folder)
-    if place.is_dir() and not (place / MANIFEST_NAME).exists():
-        store = Store.open(place)
+    store, name = locate_manifest(folder)
+    if name == MANIFEST_NAME and not store.exists(name):
         if not (store.exists(LEASE_NAME) or store.exists("commits") or store.exists("shards")):
-            raise InputError(f"{place} holds no token set: give the output folder of a tokenize job")
-        message = f"{place} has no {MANIFEST_NAME}: run the tokenize job again to finish it"
+            raise InputError(f"{folder} holds no token set: give the output folder of a tokenize job")
+        refuse_run(store, folder)
+        message = f"{store.location} has no {MANIFEST_NAME}: run the tokenize job again to finish it"
         return VerifyReport(problems=[Problem("manifest_missing", MANIFEST_NAME, message)])
     try:
-        store, manifest, _ = read_manifest(place)
+        store, manifest, _ = read_manifest(folder)
     except VerificationFailed as error:
-        return VerifyReport(problems=[Problem("manifest_invalid", place.name, str(error))])
+        return VerifyReport(problems=[Problem("manifest_invalid", name, str(error))])
     problems = list(_check_codebook(store, manifest))
     index = _load_table(store, "index", manifest.index, INDEX_SCHEMA, problems)
     rejects = _load_table(store, "rejects", manifest.rejects, REJECTS_SCHEMA, problems)
@@ -78,7 +80,8 @@ def verify(
 
 def _report(manifest: Manifest, shards: int, problems: list[Problem]) -> VerifyReport:
     totals = manifest.totals
-    return VerifyReport(totals.images, totals.ok, totals.rejected, shards, manifest.fingerprint, problems)
+    notes = [note] if (note := mixed_devices(manifest.provenance.numerics)) else []
+    return VerifyReport(totals.images, totals.ok, totals.rejected, shards, manifest.fingerprint, problems, notes)
 
 
 def _check_document(manifest: Manifest, shards: Sequence[ShardEntry]) -> Iterator[Problem]:
@@ -175,22 +178,21 @@ def _check_shards(
         ids.append(index["image_id"])
     start = 0
     intact = True
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda shard: check_shard(store, shard, manifest, deep=deep), shards)
-        for done, (shard, found) in enumerate(zip(shards, results, strict=True), 1):
-            yield from found.problems
-            intact = intact and not found.problems
-            if found.rows is not None:
-                ids.append(found.rows["image_id"])
-                if index is not None:
-                    yield from _compare_with_index(shard, found.rows, index.slice(start, shard.rows))
-            for total, counts in zip(whole.histograms, found.histograms, strict=False):
-                total += counts
-            whole.views += found.views
-            whole.codes += found.codes
-            start += shard.rows
-            if progress:
-                progress(done, len(shards))
+    results = ordered_map(lambda shard: check_shard(store, shard, manifest, deep=deep), shards, threads=_THREADS)
+    for done, (shard, found) in enumerate(zip(shards, results, strict=True), 1):
+        yield from found.problems
+        intact = intact and not found.problems
+        if found.rows is not None:
+            ids.append(found.rows["image_id"])
+            if index is not None:
+                yield from _compare_with_index(shard, found.rows, index.slice(start, shard.rows))
+        for total, counts in zip(whole.histograms, found.histograms, strict=False):
+            total += counts
+        whole.views += found.views
+        whole.codes += found.codes
+        start += shard.rows
+        if progress:
+            progress(done, len(shards))
     yield from _check_duplicates(ids)
     if deep and intact:  # with a shard missing, its codes are missing too, which says nothing new
         yield from _check_sums(manifest, whole)
@@ -232,8 +234,12 @@ def _check_sums(manifest: Manifest, whole: ShardFindings) -> Iterator[Problem]:
 
 def _check_commits(store: Store) -> Iterator[Problem]:
     """The next job starts from the commit records, so a damaged one is worth knowing before."""
-    for unit in list_commits(store):
+
+    def check(unit: str) -> Problem | None:
         try:
             read_commit(store, unit)
         except VerificationFailed as error:
-            yield Problem("commit_invalid", f"commits/{unit}", str(error))
+            return Problem("commit_invalid", f"commits/{unit}", str(error))
+        return None
+
+    yield from (problem for problem in ordered_map(check, list_commits(store), threads=_THREADS) if problem)

@@ -190,6 +190,27 @@ def test_the_order_of_records_and_settings_changes_no_byte(tmp_path):
     assert files(tmp_path) == before
 
 
+def test_an_iterator_of_records_comes_in_unit_order(tmp_path):
+    """Rows are written as they come, so another order is refused rather than written."""
+    make_set(tmp_path)
+    store = Store.open(tmp_path)
+    backwards = (read_commit(store, unit) for unit in reversed(list_commits(store)))
+    with pytest.raises(ValueError, match="u000002 comes after u000003"):
+        assemble_manifest(store, header(), backwards)
+
+
+def test_ids_of_one_hash_are_told_apart(tmp_path, monkeypatch):
+    before = make_set(tmp_path / "a")
+    monkeypatch.setattr("manifests.gather.hash_column", lambda ids: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr("manifests.commits.hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
+    assert make_set(tmp_path / "b").index == before.index
+    commit_unit(Store.open(tmp_path / "b"), "u000099", ["1/3.jpg"])
+    with pytest.raises(
+        VerificationFailed, match=r"'1/3.jpg' is a member of more than one unit of .* \(1 such images\)"
+    ):
+        assemble(Store.open(tmp_path / "b"))
+
+
 def test_two_folders_agree_in_all_but_the_provenance(tmp_path):
     one = make_set(tmp_path / "a").model_dump(exclude={"provenance"})
     two = make_set(tmp_path / "b").model_dump(exclude={"provenance"})
@@ -207,7 +228,7 @@ def test_new_units_make_a_new_snapshot_and_keep_the_old(tmp_path):
     assert {store.read(name) for name in snapshots} == {old, store.read(MANIFEST_NAME)}
     for name in snapshots:
         assert Path(name).stem == hashlib.sha256(store.read(name)).hexdigest()[:16]
-        assert open_manifest(tmp_path / name).folder == tmp_path
+        assert open_manifest(tmp_path / name).folder == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["index", "rejects", "codebook"])

@@ -10,32 +10,16 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 
 import numpy as np
 import pytest
-from made_pictures import bombs, encode, exif_orientation, photo, png, png_chunk, samples
-from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from decoded import SAMPLES, pillow, rejected
+from made_pictures import bombs, encode, photo, png, png_chunk
+from PIL import Image, ImageFile
 
 from manifests.containers import Container, sniff
 from manifests.decode import MAX_ASPECT, MAX_EDGE, Reject, RejectReason, decode
 from manifests.errors import EnvironmentProblem
-from manifests.exif import orientation_of
-
-SAMPLES = samples()
-
-
-def rejected(data: bytes, **options: int) -> Reject:
-    with pytest.raises(Reject) as caught:
-        decode(data, **options)
-    assert "\n" not in caught.value.message
-    return caught.value
-
-
-def pillow(data: bytes) -> NDArray[np.uint8]:
-    with Image.open(BytesIO(data)) as image:
-        return np.array(image.convert("RGB"))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -186,120 +170,6 @@ def test_pillows_leniency_for_truncated_files_is_refused(monkeypatch: pytest.Mon
         decode(SAMPLES["png"])
 
 
-# --- PNG: every mode, by hand, so that the expected pixels are known and not Pillow's ---
-
-
-def test_png_grey_of_every_depth() -> None:
-    for depth, row, values in (
-        (1, b"\x50", [0, 255, 0, 255]),
-        (2, b"\x1b", [0, 85, 170, 255]),
-        (4, b"\x03\xcf", [0, 51, 204, 255]),
-        (8, b"\x00\x01\xfe\xff", [0, 1, 254, 255]),
-        (16, b"\x00\xff\x01\x00\xfe\xff\xff\xff", [0, 1, 254, 255]),
-    ):
-        image = decode(png(4, 2, depth, 0, (b"\0" + row) * 2))
-        assert image.tolist() == [[[value] * 3 for value in values]] * 2, depth
-
-
-def test_png_grey_colour_key_of_every_depth_is_white() -> None:
-    for depth, row, key, values in (
-        (1, b"\x50", 0, [255, 255, 255, 255]),
-        (2, b"\x1b", 1, [0, 255, 170, 255]),
-        (4, b"\x03\xcf", 3, [0, 255, 204, 255]),
-        (8, b"\x00\x01\xfe\xff", 1, [0, 255, 254, 255]),
-        (16, b"\x00\xff\x01\x00\xfe\xff\xff\xff", 0x0100, [0, 255, 254, 255]),
-    ):
-        image = decode(png(4, 1, depth, 0, b"\0" + row, before=png_chunk(b"tRNS", struct.pack(">H", key))))
-        assert image[0, :, 0].tolist() == values, depth
-
-
-def test_png_rgb_of_both_depths_with_and_without_colour_key() -> None:
-    wide = b"\0" + struct.pack(">6H", 0x1011, 0x2022, 0x3033, 0x40FF, 0x50FF, 0x60FF)
-    narrow = b"\0" + bytes([0x10, 0x20, 0x30, 0x40, 0x50, 0x60])
-    expected = [[[0x10, 0x20, 0x30], [0x40, 0x50, 0x60]]]
-    assert decode(png(2, 1, 16, 2, wide)).tolist() == decode(png(2, 1, 8, 2, narrow)).tolist() == expected
-    expected[0][0] = [255, 255, 255]
-    key = png_chunk(b"tRNS", struct.pack(">3H", 0x1011, 0x2022, 0x3033))
-    assert decode(png(2, 1, 16, 2, wide, before=key)).tolist() == expected
-    key = png_chunk(b"tRNS", struct.pack(">3H", 0x10, 0x20, 0x30))
-    assert decode(png(2, 1, 8, 2, narrow, before=key)).tolist() == expected
-
-
-def test_png_alpha_goes_over_white() -> None:
-    assert decode(png(3, 1, 8, 4, b"\0" + bytes([100, 255, 100, 0, 0, 51]))).tolist() == [
-        [[100] * 3, [255] * 3, [204] * 3]
-    ]
-    assert decode(png(2, 1, 8, 6, b"\0" + bytes([10, 20, 30, 255, 10, 20, 30, 0]))).tolist() == [
-        [[10, 20, 30], [255, 255, 255]]
-    ]
-    assert decode(png(1, 1, 16, 6, b"\0" + struct.pack(">4H", 0x1000, 0x2000, 0x3000, 0xFF00))).tolist() == [
-        [[0x10, 0x20, 0x30]]
-    ]
-    assert decode(png(1, 1, 16, 4, b"\0" + struct.pack(">2H", 0x1000, 0))).tolist() == [[[255] * 3]]
-
-
-def test_png_palette_with_partial_alpha() -> None:
-    palette = png_chunk(b"PLTE", bytes([200, 0, 0, 0, 200, 0, 0, 0, 0]))
-    rows = b"\0" + bytes([0, 1, 2])
-    assert decode(png(3, 1, 8, 3, rows, before=palette)).tolist() == [[[200, 0, 0], [0, 200, 0], [0, 0, 0]]]
-    clear = palette + png_chunk(b"tRNS", bytes([255, 0, 51]))
-    assert decode(png(3, 1, 8, 3, rows, before=clear)).tolist() == [[[200, 0, 0], [255, 255, 255], [204, 204, 204]]]
-    assert rejected(png(3, 1, 8, 3, rows)).reason is RejectReason.CORRUPT
-
-
-def test_png_interlaced_files_are_counted_right() -> None:
-    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 1)
-    one = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
-    one += png_chunk(b"IDAT", zlib.compress(b"\0\x07")) + png_chunk(b"IEND", b"")
-    assert decode(one).tolist() == [[[7, 7, 7]]]
-    header = struct.pack(">IIBBBBB", 5, 5, 8, 0, 0, 0, 1)
-    # Passes of a 5 x 5 picture have (columns, rows) 1x1, 1x1, 2x1, 1x2, 3x1, 2x3, 5x2.
-    rows = b"".join(
-        (b"\0" + b"\x09" * columns) * n for columns, n in ((1, 1), (1, 1), (2, 1), (1, 2), (3, 1), (2, 3), (5, 2))
-    )
-    head = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
-    whole = head + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
-    assert np.array_equal(decode(whole), np.full((5, 5, 3), 9))
-    short = head + png_chunk(b"IDAT", zlib.compress(rows[:-1])) + png_chunk(b"IEND", b"")
-    assert rejected(short).reason is RejectReason.TRUNCATED
-
-
-def test_png_whose_pixels_end_early_is_truncated_though_pillow_shows_black_rows() -> None:
-    short = png(4, 4, 8, 2, (b"\0" + b"\x80" * 12) * 2)
-    assert pillow(short)[-1].max() == 0
-    assert rejected(short).reason is RejectReason.TRUNCATED
-
-
-def test_png_checksums_are_verified() -> None:
-    good = SAMPLES["png L"]
-    for kind in (b"IHDR", b"IDAT"):
-        data = bytearray(good)
-        at = data.index(kind)
-        (length,) = struct.unpack_from(">I", data, at - 4)
-        data[at + 4 + length] ^= 1
-        assert "checksum" in rejected(bytes(data)).message
-    stream = bytearray(zlib.compress(b"\0\x01\x02" * 2))
-    stream[-1] ^= 1  # zlib's own checksum, under a chunk checksum that holds
-    assert rejected(png(2, 2, 8, 0, b"", stream=bytes(stream))).reason is RejectReason.CORRUPT
-
-
-def test_png_metadata_of_any_size_and_kind_is_ignored() -> None:
-    rows = b"\0\x05\x06"
-    plain = decode(png(2, 1, 8, 0, rows))
-    for chunk in (
-        png_chunk(b"tEXt", b"key\0" + b"x" * 5_000_000),
-        png_chunk(b"zTXt", b"key\0\0" + zlib.compress(b"x" * 100_000_000)),
-        png_chunk(b"iTXt", b"\xff" * 100),
-        png_chunk(b"iCCP", b"profile\0\0" + zlib.compress(b"\0" * 50_000_000)),
-        png_chunk(b"iCCP", b"junk"),
-        png_chunk(b"gAMA", b"\0"),
-        png_chunk(b"acTL", struct.pack(">II", 3, 0)) + png_chunk(b"fcTL", b"\0" * 26),
-        png_chunk(b"eXIf", b"\xff" * 1000),
-    ):
-        assert np.array_equal(decode(png(2, 1, 8, 0, rows, before=chunk)), plain)
-    assert rejected(png(2, 1, 8, 0, rows, before=png_chunk(b"ABCD", b""))).reason is RejectReason.UNSUPPORTED
-
-
 # --- the other formats ---
 
 
@@ -360,63 +230,6 @@ def test_rare_sampling_factors_of_a_jpeg_are_unsupported() -> None:
     for component in range(3):
         data[frame + 11 + 3 * component] = 0x22
     assert rejected(bytes(data)).reason is RejectReason.UNSUPPORTED
-
-
-# --- orientation ---
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_every_exif_orientation_is_applied_as_pillow_does(kind: str, orientation: int) -> None:
-    options = {"lossless": True} if kind == "WEBP" else {}
-    data = encode(Image.fromarray(photo(24, 16)), kind, exif=exif_orientation(orientation), **options)
-    with Image.open(BytesIO(data)) as image:
-        expected = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    assert expected.shape[:2] == ((16, 24) if orientation < 5 else (24, 16))
-    assert np.array_equal(decode(data), expected)
-
-
-def _jpeg_with(segments: bytes) -> bytes:
-    plain = encode(Image.fromarray(photo()), "JPEG")
-    return plain[:2] + segments + plain[2:]
-
-
-def _app1(body: bytes) -> bytes:
-    return b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"Exif\0\0",
-        b"Exif\0\0II*\0\xff\xff\xff\xff",
-        b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0\1\0\0\0\x09\0\0\0",
-        b"Exif\0\0II*\0\x08\0\0\0\1\0" + b"\x12\x01\x02\0\1\0\0\0\x06\0\0\0",
-        b"Exif\0\0II*\0\x08\0\0\0\1\0" + b"\x12\x01\x03\0\2\0\0\0\x06\0\0\0",
-        b"Exif\0\0" + b"\xff" * 65_000,
-        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x00" * 60_000,
-    ],
-)
-def test_pathological_exif_is_ignored_without_a_warning(body: bytes) -> None:
-    plain = decode(_jpeg_with(b""))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.array_equal(decode(_jpeg_with(_app1(body))), plain)
-
-
-def test_many_huge_segments_and_a_broken_profile_are_ignored() -> None:
-    icc = b"ICC_PROFILE\0\x05\x02" + b"\xff" * 65_000
-    segments = _app1(b"http://ns.adobe.com/xap/1.0/\0" + b"x" * 60_000) * 20
-    segments += b"\xff\xe2" + struct.pack(">H", len(icc) + 2) + icc
-    rotated = _jpeg_with(segments + _app1(exif_orientation(6)))
-    assert np.array_equal(decode(rotated), np.rot90(decode(_jpeg_with(b"")), -1))
-
-
-def test_exif_may_be_cut_anywhere() -> None:
-    exif = exif_orientation(6)
-    assert orientation_of(exif) == orientation_of(exif.removeprefix(b"Exif\0\0")) == 6
-    assert {orientation_of(exif[:length]) for length in range(len(exif))} <= {1, 6}
 
 
 # --- as a whole ---

@@ -29,7 +29,8 @@ from manifests.commits import (
 from manifests.errors import InputError, VerificationFailed
 from manifests.reader import open_manifest
 from manifests.schema import MANIFEST_NAME, FeaturesSpec, Manifest, ShardEntry, TokenizerSpec, published_schema
-from manifests.shards import encode_shard, list_values, read_shard, shard_name
+from manifests.shard_reader import read_shard
+from manifests.shards import encode_shard, list_values, shard_name
 from manifests.storage import Store
 from manifests.verify import status, verify
 
@@ -183,7 +184,7 @@ def test_any_values_come_back_bit_by_bit(tmp_path_factory, data):
     values = np.frombuffer(raw[: len(raw) // size * size], column.dtype).reshape(1, -1)
     path = tmp_path_factory.mktemp("shard") / "one.parquet"
     path.write_bytes(shard_of(["a"], values, dtype))
-    back, offsets = list_values(read_shard(path)["features"])
+    back, offsets = list_values(read_shard(Store.open(path.parent), path.name)["features"])
     assert offsets.tolist() == [0, values.size]
     assert back.dtype == column.dtype
     assert back.tobytes() == values.tobytes()

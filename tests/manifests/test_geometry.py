@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from manifests.fingerprint import fingerprint
 from manifests.geometry import (
     background_from_mean,
     content_mask,
@@ -240,3 +241,17 @@ def test_fingerprint_keys_name_what_decides_a_pixel_and_nothing_else() -> None:
 def test_the_probe_is_the_same_on_every_machine(mode: str, expected: str) -> None:
     """Recorded with Pillow 13.0 on x86-64. A change here changes every fingerprint: raise GEOMETRY_VERSION if meant."""
     assert probe_sha256(Geometry.model_validate({"mode": mode, "size": 224})) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("squash", "9afb3a8a011852cc84f1f6dd99616486415e5e9068fc2d4dae0c5d58e9d4b887"),
+        ("pad", "e8d30935bdbfddad41d7307c7278e1dcd375738bd56d63dac004312ea9ef4f71"),
+        ("crop", "72a6ba332d64dabf0601b6c46bc79fa0d53f09a4bc5dbe9244b3313e20e5d667"),
+    ],
+)
+def test_fingerprints_of_modes_with_one_view_are_what_they_were_before_anyres(mode: str, expected: str) -> None:
+    geometry = Geometry.model_validate({"mode": mode, "size": 224})
+    assert fingerprint({"geometry": geometry_keys(geometry)}) == expected
+    assert set(geometry.model_dump()) == {"mode", "size", "background"}

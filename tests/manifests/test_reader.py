@@ -31,7 +31,7 @@ def test_a_set_opens_by_folder_and_by_file(tmp_path):
     for place in (tmp_path, str(tmp_path), tmp_path / MANIFEST_NAME):
         opened = open_manifest(place)
         assert opened.manifest == manifest
-        assert opened.folder == tmp_path
+        assert opened.folder == str(tmp_path)
         assert opened.shards == tuple(manifest.shards)
     assert opened.digest[:16] == Store.open(tmp_path).list("snapshots/")[0][len("snapshots/") :][:16]
     assert opened.index().num_rows == 12

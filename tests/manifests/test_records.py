@@ -135,6 +135,44 @@ def test_wrong_shapes_are_named(tmp_path: Path) -> None:
         assert message == ': turn 2 of "conversations" has no texts "from" and "value"'
 
 
+def test_messages_are_read_as_conversations(tmp_path: Path) -> None:
+    record = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}, {"type": "image"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A "}, {"type": "text", "text": "café."}]},
+            {"role": "user", "content": "And now?"},
+            {"role": "assistant", "content": "Tea."},
+        ],
+        "images": ["a.jpg", "b.jpg"],
+    }
+    (read,) = read_records(write(tmp_path / "d.jsonl", json.dumps(record)))
+    assert isinstance(read, Record)
+    assert read.images == ("a.jpg", "b.jpg")
+    assert [(turn["from"], turn["value"]) for turn in read.conversations] == [
+        ("system", "Be brief."),
+        ("human", "<image>What?<image>"),
+        ("gpt", "A café."),
+        ("human", "And now?"),
+        ("gpt", "Tea."),
+    ]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "hello",
+        {"role": "tool", "content": "x"},
+        {"role": ["user"], "content": "x"},
+        {"role": "user"},
+        {"role": "user", "content": [{"type": "audio"}]},
+        {"role": "user", "content": [{"type": "text", "text": 5}]},
+    ],
+)
+def test_messages_of_wrong_shape_are_named(tmp_path: Path, message: Any) -> None:
+    assert "message 1 has" in bad(tmp_path, {"messages": [message]})
+
+
 def test_half_a_surrogate_pair_is_no_text_but_a_whole_one_is(tmp_path: Path) -> None:
     assert "surrogate" in bad(tmp_path, '{"image": "a\\ud83d.jpg"}')
     assert "surrogate" in bad(tmp_path, '{"conversations": [{"from": "human", "value": "\\udc00"}]}')

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from made_sets import MARK, random_codes, shard_data
 
 from manifests.errors import VerificationFailed
+from manifests.shard_reader import read_shard
 from manifests.shards import (
     INDEX_SCHEMA,
     REJECTS_SCHEMA,
@@ -27,10 +28,11 @@ from manifests.shards import (
     encode_rejects,
     encode_shard,
     list_values,
-    read_shard,
     shard_name,
     shard_schema,
 )
+from manifests.storage import Store
+from manifests.table_writer import TableWriter
 
 
 def encode(data: ShardData, dtype=np.uint16) -> bytes:
@@ -73,7 +75,7 @@ def test_a_shard_reads_as_it_was_written_and_has_one_encoding(tmp_path_factory, 
     assert encode(data, dtype) == blob
     path = tmp_path_factory.mktemp("shard") / "s.parquet"
     path.write_bytes(blob)
-    table = read_shard(path)
+    table = read_shard(Store.open(path.parent), path.name)
     assert table.schema.equals(shard_schema(dtype))
     assert table["image_id"].to_pylist() == list(data.image_ids)
     assert table["width"].to_pylist() == np.asarray(data.widths).tolist()
@@ -181,7 +183,7 @@ def test_source_columns_are_carried_along(tmp_path):
     extra = pa.table({"caption": ["x", None], "turns": [[{"from": "human"}], []]})
     path = tmp_path / "s.parquet"
     path.write_bytes(encode(ShardData(**{**vars(data), "extra": extra})))
-    assert read_shard(path, ["caption", "turns"]).to_pylist() == extra.to_pylist()
+    assert read_shard(Store.open(path.parent), path.name, ["caption", "turns"]).to_pylist() == extra.to_pylist()
     with pytest.raises(ValueError, match=r"names of the shard's own: \['codes'\]"):
         encode(ShardData(**{**vars(data), "extra": pa.table({"codes": [1, 2]})}))
     with pytest.raises(ValueError, match="differ in length"):
@@ -221,8 +223,24 @@ def test_a_damaged_shard_is_one_sentence_that_names_it(tmp_path, damage):
     if damage != "absent":
         path.write_bytes(b"" if damage == "empty" else blob)
     with pytest.raises(VerificationFailed, match=r"s\.parquet is missing or damaged") as caught:
-        read_shard(path)
+        read_shard(Store.open(path.parent), path.name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(0, [0]), (4, [4]), (10, [5, 5]), (12, [5, 5, 2])])
+def test_a_table_is_written_as_its_rows_come(tmp_path, monkeypatch, rows, groups):
+    monkeypatch.setattr("manifests.table_writer.ROW_GROUP_ROWS", 5)
+    columns = {name: [f"{name}{row}" for row in range(rows)] for name in ("image_id", "reason", "message")}
+    numbers = {name: range(rows) for name in ("source_row", "source_size", "source_mtime_ns")}
+    table = pa.table(columns | numbers, schema=REJECTS_SCHEMA)
+    with (tmp_path / "rejects").open("wb") as file, TableWriter(file, REJECTS_SCHEMA) as writer:
+        for start in range(0, rows, 3):
+            writer.add(table.slice(start, 3))
+    assert writer.rows == rows
+    written = pq.ParquetFile(tmp_path / "rejects")
+    assert written.read() == table
+    assert [written.metadata.row_group(group).num_rows for group in range(written.num_row_groups)] == groups
+    assert (tmp_path / "rejects").read_bytes() == encode_rejects(table)
 
 
 def test_index_and_rejects_have_one_schema_and_one_encoding():
@@ -252,4 +270,4 @@ def test_a_shard_with_a_damaged_byte_reads_or_is_named(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("shard") / "s.parquet"
     path.write_bytes(blob)
     with contextlib.suppress(VerificationFailed):
-        read_shard(path, ["image_id", "codes"])
+        read_shard(Store.open(path.parent), path.name, ["image_id", "codes"])

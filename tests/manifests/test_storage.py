@@ -1,56 +1,146 @@
+import hashlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from manifests.errors import InputError, LeaseHeld, StorageError
 from manifests.storage import Store, cache_dir, file_sha256
 
-
-@given(data=st.binary(max_size=2000), old=st.none() | st.binary(max_size=10))
-@settings(max_examples=40, deadline=None)
-def test_what_is_written_is_read(tmp_path_factory, data, old):
-    store = Store.open(tmp_path_factory.mktemp("store") / "deep" / "out")
-    if old is not None:
-        store.write("a/b.bin", old)
-    store.write("a/b.bin", memoryview(data))
-    assert store.read("a/b.bin") == data
-    assert store.size("a/b.bin") == len(data)
-    assert store.list() == ["a/b.bin"]
+PLACES = ["disk", "memory", "s3"]
 
 
-def test_listing_takes_a_prefix_and_hides_temporary_files(tmp_path):
-    store = Store.open(tmp_path)
-    for name in ["commits/u1", "commits/u2", "commits-old", "shards/x"]:
+@pytest.fixture(params=PLACES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty folder on a disk, behind fsspec, and behind Arrow's own client."""
+    if request.param == "s3":
+        return Store.open(request.getfixturevalue("s3"))
+    return Store.open(tmp_path / "deep" / "out" if request.param == "disk" else f"memory://{tmp_path.name}/out")
+
+
+PART = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/\\"), min_size=1, max_size=20)
+NAME = st.lists(PART.filter(lambda part: part not in (".", "..") and len(part.encode()) < 200), min_size=1, max_size=4)
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_name_and_content_come_back(tmp_path_factory, s3, data):
+    """The same names in all three, so that what one of them cannot keep is noticed."""
+    rel = "/".join(data.draw(NAME))
+    old, new = data.draw(st.none() | st.binary(max_size=10)), data.draw(st.binary(max_size=2000))
+    offset, length = data.draw(st.integers(0, 2100)), data.draw(st.integers(0, 2100))
+    folder = tmp_path_factory.mktemp("store")
+    for place in (str(folder), f"memory://{folder.name}", f"{s3}/{folder.name}"):
+        store = Store.open(place)
+        if old is not None:
+            store.write(rel, old)
+        store.write(rel, memoryview(new))
+        assert store.read(rel) == new
+        assert store.read_range(rel, offset, length) == new[offset : offset + length]
+        assert store.list() == [rel]
+        assert dict(store.walk()) == {rel: store.stat(rel)}
+        assert store.sizes([rel] * 9) == [store.size(rel)] * 9 == [len(new)] * 9
+        with store.open_input(rel) as file:
+            file.seek(min(offset, len(new)))
+            assert file.read() == new[offset:]
+        store.delete(rel)
+        assert store.stat(rel) is None
+        assert not store.exists(rel)
+
+
+def test_a_large_object_is_whole(store):
+    data = os.urandom(12 << 20)  # more than one part of an upload
+    store.write("big.bin.zst", data)
+    assert store.read("big.bin.zst") == data
+    assert store.read_range("big.bin.zst", 11 << 20, 5) == data[11 << 20 : (11 << 20) + 5]
+
+
+def test_an_open_file_is_written_by_pieces(store):
+    data = np.random.default_rng(0).bytes(20 << 20)
+    with store.scratch() as file:
+        file.write(data)
+        store.write("a/b", file)
+    assert store.read("a/b") == data
+    assert store.sha256("a/b", len(data)) == hashlib.sha256(data).hexdigest()
+    assert store.sha256("a/b", 9) == hashlib.sha256(data[:9]).hexdigest()
+    assert store.list() == ["a/b"]
+    if store.is_local:
+        assert [path.name for path in Path(store.location).iterdir()] == ["a"]  # the scratch file had no name
+
+
+def test_listing_takes_a_prefix(store):
+    for name in ["commits/u1", "commits/u2", "commits-old", "shards/x", "top", "a/b/c/d"]:
         store.write(name, b"")
-    (tmp_path / "commits/.tmp-1-abc").write_bytes(b"half")
     assert store.list("commits/") == ["commits/u1", "commits/u2"]
     assert store.list("commits") == ["commits-old", "commits/u1", "commits/u2"]
-    assert store.list("absent/") == []
+    assert store.list("commits/u") == ["commits/u1", "commits/u2"]
+    assert store.list("a/") == ["a/b/c/d"]
+    assert store.list("absent/") == store.list("absent/deep") == []
+    assert store.list() == ["a/b/c/d", "commits-old", "commits/u1", "commits/u2", "shards/x", "top"]
+    assert store.sizes(["commits/u1", "absent", "top", "shards/x", "none/x"]) == [0, None, 0, 0, None]
     store.delete("commits/u1")
     store.delete("commits/u1")
     assert not store.exists("commits/u1")
+    assert store.exists("commits")
+    assert not store.exists("commit")
+    assert store.stat("commits") is None
+
+
+def test_many_small_files_come_in_order(store):
+    names = [f"commits/u{number:03d}" for number in range(100)]
+    for name in names:
+        store.write(name, name.encode())
+    assert [data.decode() for data in store.read_many(names)] == names
+    with pytest.raises(StorageError, match="absent"):
+        list(store.read_many([*names, "absent"]))
+
+
+def test_a_log_grows(store):
+    store.append("log", b"1\n")
+    assert store.read("log") == b"1\n"
+    with store.lease("tokenize"):
+        store.append("log", b"2\n")
+        store.append("log", b"3\n")
+    assert store.read("log") == b"1\n2\n3\n"
+    store.write("log", b"")
+    store.append("log", b"4\n")
+    assert store.read("log") == b"4\n"
+
+
+def test_a_store_travels_to_another_process(s3):
+    Store.open(s3).write("x", b"1")
+    assert pickle.loads(pickle.dumps(Store.open(s3))).read("x") == b"1"  # noqa: S301
+
+
+def test_temporary_files_are_not_listed(tmp_path):
+    (tmp_path / "commits").mkdir()
+    (tmp_path / "commits/.tmp-1-abc").write_bytes(b"half")
+    assert Store.open(tmp_path).list() == []
 
 
 @pytest.mark.parametrize("rel", ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "a\0b"])
-def test_a_path_stays_inside_the_store(tmp_path, rel):
-    with pytest.raises(InputError, match="not a path inside"):
-        Store.open(tmp_path).path(rel)
+def test_a_path_stays_inside_the_store(store, rel):
+    for attempt in (store.where, store.read, store.stat, store.exists, store.delete, store.open_input):
+        with pytest.raises(InputError, match="not a path inside"):
+            attempt(rel)
 
 
 def test_locations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Store.open("out").location == str(tmp_path / "out")
     assert Store.open(f"file://{tmp_path}/a%20b").location == f"{tmp_path}/a b"
-    for url in ["s3://bucket/x", "file://other-host/x"]:
-        with pytest.raises(StorageError, match="not on this machine"):
-            Store.open(url)
+    assert Store.open("memory://a/b/").location == "memory://a/b"
+    assert Store.open("memory://a/b").where("./c//d") == "memory://a/b/c/d"
+    with pytest.raises(StorageError, match="on another machine"):
+        Store.open("file://other-host/x")
 
 
 def test_files_follow_the_umask(tmp_path):

@@ -58,6 +58,7 @@ def test_a_good_set_has_no_problems(tmp_path):
         "shards": 3,
         "fingerprint": manifest.fingerprint,
         "problems": [],
+        "notes": [],
     }
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert verify(tmp_path, deep=False) == verify(tmp_path / MANIFEST_NAME) == report
@@ -252,6 +253,13 @@ def test_no_manifest_and_no_set(tmp_path):
             status(place)
     commit_unit(Store.open(tmp_path), "u000000", ["a"])
     assert codes_of(tmp_path) == ["manifest_missing"]
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".lease", "config.json"):
+        (run / name).write_text("{}")
+    for look in (status, verify):
+        with pytest.raises(InputError, match="is a training run, not a token set"):
+            look(run)
     (tmp_path / MANIFEST_NAME).write_text("{")
     assert codes_of(tmp_path) == ["manifest_invalid"]
     assert [problem.code for problem in status(tmp_path).problems] == ["manifest_invalid"]
@@ -274,8 +282,11 @@ def test_status_of_a_job_from_its_first_second_to_its_end(tmp_path):
         "shards": 1,
         "fingerprint": MARK,
         "problems": [],
+        "notes": [],
         "state": "interrupted",
         "owner": None,
+        "progress": None,
+        "progress_age": None,
     }
     assemble(store)
     assert status(tmp_path).state == "complete"
