@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +77,9 @@ class CodebookDescription(Frozen):
     code_dim: PositiveInt = Field(description="width of a codebook vector: of a feature, or of its chunk")
     codebook_sha256: Sha256
     started_from: Sha256 | None = Field(default=None, description="codebook_sha256 of the one the fit went on from")
+    fit_keys: dict[str, Any] | None = Field(
+        default=None, description="what was asked of the fit, see `fit_keys`; None in a folder of an earlier version"
+    )
     geometry: Geometry = Field(description="of the views it was fitted on")
     dtype: Literal["float32", "bfloat16"] = Field(description="arithmetic of the encoder during the fit")
     seed: NonNegativeInt

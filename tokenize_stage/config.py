@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,47 +21,88 @@ from pydantic import (
 
 from manifests.decode import DEFAULT_MAX_PIXELS
 from manifests.geometry import background_from_mean
-from manifests.paths import HubOrPath
 from manifests.schema import Geometry
+from tokenize_stage.source_config import FolderSource, LlavaSource, ParquetSource, SourceConfig, WebdatasetSource
+from tokenize_stage.stage_model import StageModel, StoragePath
+from tokenize_stage.tokenizer_config import (
+    ComputeDtype,
+    DualTokenTokenizer,
+    EncoderConfig,
+    FeaturesTokenizer,
+    FittedTokenizer,
+    HfVqTokenizer,
+    QlipTokenizer,
+    TaTokTokenizer,
+    TokenizerConfig,
+    UniTokTokenizer,
+    VaeTokenizer,
+    VilaUTokenizer,
+    ViTaminConfig,
+)
 
-ComputeDtype = Literal["float32", "bfloat16"]
+__all__ = [
+    "CodebookConfig",
+    "ComputeDtype",
+    "Device",
+    "DualTokenTokenizer",
+    "EncoderConfig",
+    "FeaturesTokenizer",
+    "FittedTokenizer",
+    "FolderSource",
+    "GeometryConfig",
+    "HfVqTokenizer",
+    "LlavaSource",
+    "ParquetSource",
+    "QlipTokenizer",
+    "RayConfig",
+    "SourceConfig",
+    "StageModel",
+    "TaTokTokenizer",
+    "TokenSetConfig",
+    "TokenizerConfig",
+    "UniTokTokenizer",
+    "VaeTokenizer",
+    "ViTaminConfig",
+    "VilaUTokenizer",
+    "WebdatasetSource",
+]
+
+LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""(rows, columns) of tiles in LLaVA-NeXT's `image_grid_pinpoints`, in its order, which decides between equals."""
+
 Device = Literal["auto", "cpu", "cuda"]
 
 
-class StageModel(BaseModel):
-    """Base of this stage's configuration: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class FolderSource(StageModel):
-    """Every picture below a folder, in the order of its path."""
-
-    kind: Literal["folder"] = "folder"
-    path: Path = Field(description="folder that is searched, with everything below it")
-
-
-class LlavaSource(StageModel):
-    """The pictures that a LLaVA JSON list or JSONL file (also `.zst`) refers to, in order of first appearance."""
-
-    kind: Literal["llava"] = "llava"
-    path: Path = Field(description="JSON or JSONL file with the conversations")
-    image_root: Path = Field(description="folder that the `image` values are relative to")
-
-
 class GeometryConfig(StageModel):
-    """How a decoded image becomes views: `manifests.schema.Geometry`, with a bar colour that may be left open."""
+    """How a decoded image becomes views: `manifests.schema.Geometry`, with what may be left open."""
 
-    mode: Literal["squash", "pad", "crop"]
+    mode: Literal["squash", "pad", "crop", "anyres"]
     size: PositiveInt = Field(description="edge of a view in pixels", le=4096)
     background: tuple[int, int, int] | None = Field(
-        default=None, description="RGB of the letterbox bars of `pad`, default: int(255 x the encoder's mean), as LLaVA"
+        default=None,
+        description="RGB of the letterbox bars of `pad`, default: int(255 x the encoder's mean), as LLaVA; "
+        "and around the picture of `anyres`, default: black, as LLaVA-NeXT",
+    )
+    grid_pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="[height, width] in pixels of the canvases that `anyres` chooses from, multiples of `size`; "
+        "default: LLaVA-NeXT's, [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]] times `size`",
     )
 
     def resolve(self, image_mean: Sequence[float] = (0.5, 0.5, 0.5)) -> Geometry:
-        """The geometry with its colour decided."""
-        background = self.background if self.background is not None else background_from_mean(image_mean)
-        return Geometry(mode=self.mode, size=self.size, background=background)
+        """The geometry with its colour and its pinpoints decided."""
+        background, pinpoints = self.background, self.grid_pinpoints or ()
+        if background is None:
+            background = (0, 0, 0) if self.mode == "anyres" else background_from_mean(image_mean)
+        if self.mode == "anyres" and not pinpoints:
+            pinpoints = tuple((down * self.size, across * self.size) for down, across in LLAVA_NEXT_GRIDS)
+        return Geometry(mode=self.mode, size=self.size, background=background, grid_pinpoints=pinpoints)
+
+    @model_validator(mode="after")
+    def _resolves(self) -> GeometryConfig:
+        self.resolve()
+        return self
 
     @field_validator("background")
     @classmethod
@@ -73,158 +112,33 @@ class GeometryConfig(StageModel):
         return value
 
 
-SourceConfig = Annotated[FolderSource | LlavaSource, Field(discriminator="kind")]
-
-
-class FittedTokenizer(StageModel):
-    """A Hugging Face vision encoder and the codebooks that `asvr fit-codebook` learnt on it."""
-
-    kind: Literal["fitted"] = "fitted"
-    path: Path = Field(description="folder that `asvr fit-codebook` wrote")
-
-
-class DualTokenTokenizer(StageModel):
-    """A DualToken checkpoint: SigLIP features of two depths, each with its residual codebooks."""
-
-    kind: Literal["dualtoken"] = "dualtoken"
-    config: HubOrPath = Field(description="JSON file of the tokenizer's configuration")
-    checkpoint: HubOrPath = Field(description="file with the weights, as torch.save wrote it")
-    encoder_config: HubOrPath | None = Field(
-        default=None, description="config.json of its SigLIP; default: what `config` names as `pretrained_model`"
-    )
-    branch: Literal["semantic", "appearance"] = "semantic"
-
-
-class VilaUTokenizer(StageModel):
-    """The vision tower of a VILA-U model."""
-
-    kind: Literal["vila_u"] = "vila_u"
-    path: HubOrPath = Field(description="folder of the tower: config.json and safetensors weights")
-    encoder_config: HubOrPath | None = Field(
-        default=None, description="config.json of its SigLIP; default: what config.json names as `pretrained_model`"
-    )
-
-
-class TaTokTokenizer(StageModel):
-    """A TA-Tok checkpoint: one code a position, always the nearest one."""
-
-    kind: Literal["ta_tok"] = "ta_tok"
-    checkpoint: HubOrPath = Field(description="`ta_tok.pth`")
-    encoder_config: HubOrPath = Field(description="config.json of its SigLIP")
-    pool_scale: PositiveInt | None = Field(
-        default=None, description="edge of the squares of positions that become one; default: what the checkpoint says"
-    )
-
-
-class ViTaminConfig(StageModel):
-    """The shape of a ViTamin encoder, which a checkpoint does not tell in full."""
-
-    widths: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="of the two stages and the transformer")
-    conv_blocks: tuple[PositiveInt, PositiveInt] = Field(description="blocks of the two convolutional stages")
-    blocks: PositiveInt = Field(description="transformer blocks")
-    heads: PositiveInt = Field(description="attention heads of a transformer block")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ViTaminConfig:
-        if self.widths[-1] % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide the width {self.widths[-1]}")
-        return self
-
-
-class UniTokTokenizer(StageModel):
-    """A UniTok checkpoint: independent sub-codebooks, not residual ones."""
-
-    kind: Literal["unitok"] = "unitok"
-    checkpoint: HubOrPath = Field(description="`unitok_tokenizer.pth`")
-    encoder: ViTaminConfig | None = Field(
-        default=None, description="default: that of the published ViTamin which the checkpoint names"
-    )
-
-
-class QlipTokenizer(StageModel):
-    """A QLIP model: the bits of its binary spherical quantiser, grouped into codes.
-
-    The published weights are for non-commercial use only.
-    """
-
-    kind: Literal["qlip"] = "qlip"
-    path: HubOrPath = Field(description="folder of the model: config.json and safetensors weights")
-    group_bits: PositiveInt | None = Field(
-        default=None,
-        le=16,
-        description="bits that make one code, a divisor of the model's; default: the largest up to 14 (of 28 bits: 14)",
-    )
-
-
-class HfVqTokenizer(StageModel):
-    """An image VQ model that transformers ships: Chameleon, Emu3, Janus or GLM-Image."""
-
-    kind: Literal["hf_vq"] = "hf_vq"
-    path: HubOrPath = Field(description="folder of the VQ model, or of a whole model that holds one")
-    preprocessor: HubOrPath | None = Field(
-        default=None, description="preprocessor_config.json with its image_mean and image_std; default: that of `path`"
-    )
-    view_size: PositiveInt | None = Field(
-        default=None,
-        le=4096,
-        description="edge of a view, any multiple of the model's stride; default: Chameleon and Janus their own "
-        "(512 and 384 as published), Emu3 and GLM-Image 512",
-    )
-
-
-class EncoderConfig(StageModel):
-    """A frozen encoder: its features are stored, or a codebook is fitted on them."""
-
-    path: HubOrPath = Field(description="folder or hub id of a Hugging Face vision model")
-    layer: int = Field(default=-2, description="index into `hidden_states`; layers above it are not run")
-    dtype: ComputeDtype = "float32"
-
-
-class FeaturesTokenizer(StageModel):
-    """The hidden states of a vision encoder, as they are: shards of kind `features`."""
-
-    kind: Literal["features"] = "features"
-    encoder: EncoderConfig
-    view_size: PositiveInt | None = Field(
-        default=None, le=4096, description="edge of a view; default: the size the encoder was trained on"
-    )
-
-
-class VaeTokenizer(StageModel):
-    """The posterior of an image VAE: mean and log-variance of its latents, as shards of kind `features`."""
-
-    kind: Literal["vae"] = "vae"
-    path: HubOrPath = Field(description="folder of a diffusers AutoencoderKL: config.json and safetensors weights")
-    view_size: PositiveInt | None = Field(
-        default=None, le=4096, description="edge of a view, any multiple of the VAE's stride; default: its sample_size"
-    )
-
-
-TokenizerConfig = Annotated[
-    FittedTokenizer
-    | DualTokenTokenizer
-    | VilaUTokenizer
-    | TaTokTokenizer
-    | UniTokTokenizer
-    | QlipTokenizer
-    | HfVqTokenizer
-    | FeaturesTokenizer
-    | VaeTokenizer,
-    Field(discriminator="kind"),
-]
-"""`kind` decides the keys, and the modules `identities.KIND` and `tokenizers.KIND` that know the family."""
-
-
 class RayConfig(StageModel):
     """How many workers of what size `engine: ray` asks the cluster for."""
 
     address: str = Field(
         default="auto",
+        pattern=r"^(auto|local|ray://[^/\s]+:\d+)$",
         description="`auto`: the running cluster, else a new local one; `local`: a new local one; or `ray://HOST:PORT`",
     )
-    num_workers: PositiveInt | None = Field(default=None, description="default: one per GPU, without GPUs one per node")
+    num_workers: PositiveInt | None = Field(
+        default=None,
+        description="workers; those without room begin when a node joins, and make an autoscaler add one. "
+        "Default: as many as there is room for at any time, one per GPU, without GPUs one per node",
+    )
     cpus_per_worker: PositiveFloat = Field(default=1.0, description="cores reserved for a worker")
-    gpus_per_worker: NonNegativeFloat | None = Field(default=None, description="default: 1 if the cluster has GPUs")
+    gpus_per_worker: NonNegativeFloat | None = Field(
+        default=None, description="default: 1 if the cluster has GPUs when the job starts"
+    )
+    memory_per_worker: PositiveFloat | None = Field(
+        default=None, description="GiB of memory reserved for a worker, default: nothing is reserved"
+    )
+    decode: Literal["local", "cluster"] = Field(
+        default="local",
+        description="`local`: a worker decodes its images in threads; `cluster`: in Ray tasks of one core each on any node",
+    )
+    wait_for_nodes: NonNegativeFloat = Field(
+        default=0, description="seconds without a node that has room for a worker after which the job gives up"
+    )
 
 
 class TokenSetConfig(StageModel):
@@ -233,11 +147,14 @@ class TokenSetConfig(StageModel):
     source: SourceConfig
     geometry: GeometryConfig
     tokenizer: TokenizerConfig
-    output: Path
+    output: StoragePath
     engine: Literal["local", "ray"] = "local"
     ray: RayConfig = RayConfig()
     unit_size: PositiveInt = Field(default=4096, description="images per unit, which is committed at once")
     max_reject_rate: float = Field(default=0.01, ge=0, le=1, description="share of the images that may be rejects")
+    max_consecutive_rejects: PositiveInt | None = Field(
+        default=1000, description="so many rejects in a row, in the order of the source, stop the job; null: never"
+    )
     max_pixels: PositiveInt = Field(default=DEFAULT_MAX_PIXELS, description="larger images are rejects")
     dtype: ComputeDtype | None = Field(
         default=None,
@@ -249,7 +166,11 @@ class TokenSetConfig(StageModel):
     torch_threads: PositiveInt | None = Field(
         default=None, description="threads of CPU arithmetic in a worker, default: the cores of the driver's machine"
     )
-    decode_threads: PositiveInt | None = Field(default=None, description="default: the worker's cores, at most 16")
+    decode_threads: PositiveInt | None = Field(
+        default=None,
+        description="images a worker decodes at a time, default: the cores of its machine, at most 16; "
+        "with ray.decode: cluster, Ray tasks at a time, default 8",
+    )
 
     @property
     def compute_dtype(self) -> ComputeDtype:

@@ -99,7 +99,8 @@ class Float32Pass:
         rows_Nm = torch.empty(len(a_Nn), self._vectors_mK.shape[0], device=a_Nn.device)
         rows_Nm[:, :-1] = a_Nn
         rows_Nm[:, -1] = norm_N
-        rows_Nm.masked_fill_(~usable_N[:, None], 0.0)
+        if not bool(usable_N.all()):
+            rows_Nm.masked_fill_(~usable_N[:, None], 0.0)
         lower_NK = scratch[: rows_Nm.shape[0] * self._addend_K.shape[0]].view(rows_Nm.shape[0], -1)
         torch.addmm(self._addend_K, rows_Nm, self._vectors_mK, alpha=-1, out=lower_NK)
         return Bracket(lower_NK, norm_N, torch.zeros_like(norm_N), usable_N)

@@ -13,16 +13,17 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+from manifests.anyres import most_views
 from manifests.decode import decode
 from manifests.errors import InputError
 from manifests.geometry import content_mask, make_views
-from manifests.refs import read_image
+from manifests.images import ImageSource, UnitReader
 from manifests.rejects import Reject
 from manifests.schema import Geometry
 from tokenize_stage.codebook_folder import (
@@ -33,12 +34,13 @@ from tokenize_stage.codebook_folder import (
     write_codebooks,
     write_description,
 )
+from tokenize_stage.decoding import MOST_DECODE_THREADS, usable_cores
 from tokenize_stage.encoder_files import encoder_sha256, locate_encoder, normalisation
+from tokenize_stage.fit_keys import fit_keys
 from tokenize_stage.reservoir import Reservoir
 from tokenize_stage.retry import with_retries
 from tokenize_stage.sources import Inventory, take_inventory
 from tokenize_stage.warm_start import read_start
-from tokenize_stage.worker import MOST_DECODE_THREADS, usable_cores
 
 if TYPE_CHECKING:
     from tokenize_stage.config import CodebookConfig
@@ -101,17 +103,23 @@ def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) ->
     )
     code_dim = chunk_width(config, encoder.width)
     start = read_start(config.start_from, config, code_dim, sha256) if config.start_from else None
-    ids = sample_images(inventory, config.images, config.seed)
+    keys = fit_keys(config)
+    sample_rows = sample_images(inventory, config.images, config.seed)
     _log.info(
         "fitting %d %s codebooks of %d vectors, %d wide, to the features of %d images, %d positions each, on %s",
-        config.depth, config.method, config.size, code_dim, len(ids), encoder.positions, encoder.device,
+        config.depth, config.method, config.size, code_dim, sample_rows.num_rows, encoder.positions, encoder.device,
     )  # fmt: skip
-    with closing(read_views(config, geometry, inventory.root, ids, encoder.grid)) as batches:
+    with closing(read_views(config, geometry, inventory.images_at, sample_rows, encoder.grid)) as batches:
         sample = collect_features(
-            encoder, batches, seed=config.seed, on_images=lambda done: report_progress("features", done, len(ids))
+            encoder,
+            batches,
+            seed=config.seed,
+            on_images=lambda done: report_progress("features", done, sample_rows.num_rows),
         )
     if not sample.images:
-        raise InputError(f"none of the {len(ids)} images sampled from {inventory.source.location} could be decoded")
+        raise InputError(
+            f"none of the {sample_rows.num_rows} images sampled from {inventory.source.location} could be decoded"
+        )
     learn = fit_product if config.method == "product" else fit_residual
     codebooks, depths = learn(
         sample.features_Nn,
@@ -149,6 +157,7 @@ def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) ->
         code_dim=code_dim,
         codebook_sha256=write_codebooks(output, codebooks),
         started_from=start.sha256 if start else None,
+        fit_keys=keys,
         geometry=geometry,
         dtype=config.encoder.dtype,
         seed=config.seed,
@@ -169,12 +178,11 @@ def chunk_width(config: CodebookConfig, width: int) -> int:
     return width // config.depth
 
 
-def sample_images(inventory: Inventory, count: int, seed: int) -> list[str]:
-    """`count` image ids (all of them if there are fewer), drawn by `seed`, in source order."""
-    ids: list[str] = inventory.table["image_id"].to_pylist()
-    if count >= len(ids):
-        return ids
-    return [ids[i] for i in np.sort(np.random.default_rng(seed).choice(len(ids), count, replace=False))]
+def sample_images(inventory: Inventory, count: int, seed: int) -> pa.Table:
+    """The inventory's rows of `count` images (all of them if there are fewer), drawn by `seed`, in source order."""
+    if count >= inventory.images:
+        return inventory.table
+    return inventory.table.take(np.sort(np.random.default_rng(seed).choice(inventory.images, count, replace=False)))
 
 
 def collect_features(
@@ -202,18 +210,18 @@ def collect_features(
 
 
 def read_views(
-    config: CodebookConfig, geometry: Geometry, root: Path, ids: list[str], grid: tuple[int, int]
+    config: CodebookConfig, geometry: Geometry, source: ImageSource, images: pa.Table, grid: tuple[int, int]
 ) -> Generator[ViewBatch]:
-    """Batches of `config.batch_size` images in order, decoded in threads two batches ahead of the caller."""
+    """Batches of at most `config.batch_size` views, in order, decoded in threads two batches ahead of the caller."""
+    per_batch = max(1, config.batch_size // most_views(geometry))
     threads = config.decode_threads or min(MOST_DECODE_THREADS, usable_cores())
-    chunks = [ids[start : start + config.batch_size] for start in range(0, len(ids), config.batch_size)]
+    rows = range(images.num_rows)
+    chunks = [rows[start : start + per_batch] for start in range(0, len(rows), per_batch)]
     ahead: deque[list[Future[_Seen | Reject]]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+    with UnitReader(source, images, rows) as reader, ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             for number, chunk in enumerate([*chunks, [], []]):
-                ahead.append(
-                    [pool.submit(_see, config.max_pixels, geometry, root, image_id, grid) for image_id in chunk]
-                )
+                ahead.append([pool.submit(_see, config.max_pixels, geometry, reader, row, grid) for row in chunk])
                 if number >= 2:
                     yield _batch([future.result() for future in ahead.popleft()], geometry.size, grid)
         finally:
@@ -229,9 +237,9 @@ class _Seen(NamedTuple):
     content_VP: npt.NDArray[np.bool_]
 
 
-def _see(max_pixels: int, geometry: Geometry, root: Path, image_id: str, grid: tuple[int, int]) -> _Seen | Reject:
+def _see(max_pixels: int, geometry: Geometry, reader: UnitReader, row: int, grid: tuple[int, int]) -> _Seen | Reject:
     try:
-        data = with_retries(lambda: read_image(root, image_id), f"reading image {image_id} below {root}")
+        data = with_retries(lambda: reader.read(row), f"reading image {reader.name(row)}")
         image = decode(data, max_pixels=max_pixels)
         views, boxes = make_views(image, geometry)
     except Reject as reject:

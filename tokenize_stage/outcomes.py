@@ -23,7 +23,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class UnitMetrics:
-    """How a unit went, for `metrics.jsonl`. `waited` are the seconds the encoder stood still for decoded images."""
+    """How a unit went, for `metrics.jsonl`.
+
+    `waited`: the seconds the encoder stood still for decoded images; `gap`: those it stood still between the unit
+    before and this one; `device_memory`: the most bytes the worker has held on its device, 0 on a CPU.
+    """
 
     images: int
     encoded: int
@@ -32,6 +36,8 @@ class UnitMetrics:
     seconds: float
     waited: float
     worker: str
+    gap: float = 0.0
+    device_memory: int = 0
 
 
 @dataclass(frozen=True)

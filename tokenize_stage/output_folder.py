@@ -1,4 +1,4 @@
-"""What an output folder holds when a job comes to it: whose it is, what is committed, whether it is complete.
+"""What an output folder holds when a job comes to it: whose it is, and what is committed.
 
 `job.json` names the settings that a folder belongs to from the start of its first job, before a manifest does.
 """
@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 from pydantic import ValidationError
 
-from manifests.commits import CommitRecord, list_commits, read_commit
+from manifests.commits import CommitRecord, read_commits
 from manifests.documents import first_problem
 from manifests.errors import FingerprintMismatch, InputError, VerificationFailed
 from manifests.fingerprint import check_same
-from manifests.hashes import file_sha256
-from manifests.reader import OpenManifest, open_manifest, read_manifest, size_problem
-from manifests.schema import MANIFEST_NAME, Frozen, Manifest, Sha256
+from manifests.reader import read_manifest
+from manifests.schema import MANIFEST_NAME, Frozen, Sha256
 from manifests.storage import Store
+from tokenize_stage.config import TokenSetConfig
 from tokenize_stage.sources import Inventory
-from tokenize_stage.units import same_images
+from tokenize_stage.units import Committed
 
 JOB_NAME = "job.json"
 SOURCE_ERRORS_NAME = "source_errors.jsonl"
@@ -31,14 +30,27 @@ SOURCE_ERRORS_NAME = "source_errors.jsonl"
 _log = logging.getLogger(__name__)
 
 
+class Completed(Frozen):
+    """Which remembered inventory, by the time it was taken, a manifest holds exactly, so that no row is compared again."""
+
+    inventory: str
+    manifest: Sha256
+
+
 class JobFile(Frozen):
-    """Written at the start of a job, so that the next one can name the keys that differ and show the whole count."""
+    """Written at the start of a job, so that the next one can name the keys that differ and show the whole count.
+
+    `config` is the `TokenSetConfig` of the last job that had work to do, as JSON with absolute locations, so that the
+    folder alone is enough to go on from; None in a folder of an earlier version of asvr. See `read_config`.
+    """
 
     fingerprint: Sha256
+    config: dict[str, Any] | None = None
     fingerprint_keys: dict[str, Any]
     images: int
     units: int
     source_errors: int
+    completed: Completed | None = None
 
 
 def write_job_file(store: Store, job: JobFile) -> None:
@@ -46,6 +58,37 @@ def write_job_file(store: Store, job: JobFile) -> None:
     data = job.model_dump_json(indent=2).encode() + b"\n"
     if not store.exists(JOB_NAME) or store.read(JOB_NAME) != data:
         store.write(JOB_NAME, data)
+
+
+def read_job_file(store: Store) -> JobFile:
+    """The job file of an output folder; `InputError` where there is none, `VerificationFailed` for a damaged one."""
+    if not store.exists(JOB_NAME):
+        raise InputError(f"{store.location} has no {JOB_NAME}: give the output folder of a tokenize job")
+    try:
+        return JobFile.model_validate_json(store.read(JOB_NAME))
+    except ValidationError as error:
+        raise VerificationFailed(
+            f"{store.location}/{JOB_NAME} is damaged ({first_problem(error)}): delete it and run asvr tokenize again"
+        ) from error
+
+
+def read_config(store: Store) -> TokenSetConfig:
+    """The configuration of the last job in an output folder, with the folder itself as `output`; errors as above.
+
+    A folder that was moved keeps working: what the file says of `output` is not believed.
+    """
+    settings = read_job_file(store).config
+    if settings is None:
+        raise InputError(
+            f"{store.location}/{JOB_NAME} does not say how the set was made: run asvr tokenize RECIPE on it"
+        )
+    try:
+        return TokenSetConfig.model_validate({**settings, "output": store.location})
+    except ValidationError as error:
+        raise InputError(
+            f"{store.location}/{JOB_NAME} is of another version of asvr ({first_problem(error)}): "
+            "run asvr tokenize RECIPE on the folder"
+        ) from error
 
 
 def write_source_errors(store: Store, inventory: Inventory) -> None:
@@ -58,96 +101,63 @@ def write_source_errors(store: Store, inventory: Inventory) -> None:
 
 
 def refuse_other_settings(store: Store, keys: dict[str, Any]) -> None:
-    """Raise `FingerprintMismatch`, naming the keys, if the folder belongs to a job with another fingerprint.
+    """Raise `FingerprintMismatch`, naming the keys, if the folder belongs to a job with another fingerprint."""
+    existing = existing_keys(store)
+    if existing is not None:
+        check_same(existing, keys, where=store.location)
+
+
+def existing_keys(store: Store) -> dict[str, Any] | None:
+    """The fingerprint keys of the job that a folder belongs to, or None where it belongs to none.
 
     The job file decides; the manifest, which a `--replace` in progress leaves as it was, only where there is none.
     """
     if store.exists(JOB_NAME):
-        try:
-            existing = JobFile.model_validate_json(store.read(JOB_NAME)).fingerprint_keys
-        except ValidationError as error:
-            raise VerificationFailed(
-                f"{store.path(JOB_NAME)} is damaged ({first_problem(error)}): delete it and run again"
-            ) from error
-    elif store.exists(MANIFEST_NAME):
-        existing = read_manifest(store.location)[1].fingerprint_keys
-    else:
-        return
-    check_same(existing, keys, where=store.location)
+        return read_job_file(store).fingerprint_keys
+    if store.exists(MANIFEST_NAME):
+        return read_manifest(store.location)[1].fingerprint_keys
+    return None
 
 
-@dataclass(frozen=True)
 class Folder:
-    """The units that stand, by name, and the names of those whose records have to go."""
+    """The committed units of a folder, gone through once for the plan, and what else has to be known of them.
 
-    units: dict[str, CommitRecord]
-    stale: list[str]
-
-
-def read_folder(store: Store, fingerprint: str, *, replace: bool) -> Folder:
-    """The committed units of this fingerprint whose shards are in place.
-
-    Records of another fingerprint are stale where the folder is ours (a replacement that was interrupted) or may be
-    replaced, else a `FingerprintMismatch`. A unit whose shard is gone is stale too: it is tokenized again.
+    After `units()` is exhausted: `stale` names the units whose records have to go, `rejects` has the reasons of the
+    others' rejects by unit, `example` one of these rejects in words.
     """
-    folder = Folder({}, [])
-    ours = replace or store.exists(JOB_NAME)
-    for record in read_records(store):
-        shard = record.shard
-        if record.fingerprint != fingerprint:
-            if not ours:
-                raise FingerprintMismatch(
-                    f"{store.location} holds units of another fingerprint ({record.fingerprint[:16]}), and nothing in it "
-                    "says with which settings they were made: choose another output folder, or use --replace"
-                )
-            folder.stale.append(record.unit)
-        elif shard and not (store.exists(shard.path) and store.size(shard.path) == shard.bytes):
-            _log.warning("%s is gone or was cut short: unit %s is tokenized again", shard.path, record.unit)
-            folder.stale.append(record.unit)
-        else:
-            folder.units[record.unit] = record
-    return folder
 
+    def __init__(self, store: Store, fingerprint: str, *, replace: bool, retry: frozenset[str] = frozenset()) -> None:
+        self.stale: list[str] = []
+        self.rejects: dict[str, Counter[str]] = {}
+        self.example = ""
+        self._store, self._fingerprint, self._retry = store, fingerprint, retry
+        self._ours = replace or store.exists(JOB_NAME)
 
-def read_records(store: Store) -> Iterator[CommitRecord]:
-    """The commit records, one at a time, in unit order."""
-    for unit in list_commits(store):
-        yield read_commit(store, unit)
+    def units(self) -> Iterator[Committed]:
+        """The committed units of this fingerprint whose shards are in place, one at a time: their ids fill no memory.
 
+        Records of another fingerprint are stale where the folder is ours (a replacement that was interrupted) or may
+        be replaced, else a `FingerprintMismatch`. A unit whose shard is gone is stale too: it is tokenized again.
+        """
+        shards = {path: found.size for path, found in self._store.walk("shards/")}
+        for record in read_commits(self._store):
+            shard = record.shard
+            if record.fingerprint != self._fingerprint:
+                self._refuse_foreign(record)
+                self.stale.append(record.unit)
+            elif shard and shards.get(shard.path) != shard.bytes:
+                _log.warning("%s is gone or was cut short: unit %s is tokenized again", shard.path, record.unit)
+                self.stale.append(record.unit)
+            else:
+                self.rejects[record.unit] = Counter(row.reason for row in record.rejects)
+                if record.rejects and not self.example:
+                    self.example = f"{record.rejects[0].image_id}: {record.rejects[0].message}"
+                again = frozenset(row.image_id for row in record.rejects if row.reason in self._retry)
+                yield Committed(record.unit, record.members.table(), again)
 
-def complete_manifest(store: Store, fingerprint: str, inventory: Inventory, max_reject_rate: float) -> Manifest | None:
-    """The manifest, if it is whole, has this fingerprint and holds exactly the inventory; else None: there is work.
-
-    A manifest with more rejects than allowed now (it was made with a larger budget) is not complete either: planning
-    ends in the budget's error.
-    """
-    try:
-        opened = open_manifest(store.location)
-        if opened.manifest.fingerprint != fingerprint or not _has_codebook(opened):
-            return None
-        known = [_identities(opened.index()), _identities(opened.rejects())]
-    except InputError:
-        return None  # no manifest yet
-    except VerificationFailed as error:
-        _log.warning("%s", error)
-        return None
-    totals = opened.manifest.totals
-    if totals.source_errors != len(inventory.errors) or totals.rejected > max_reject_rate * totals.images + 1e-9:
-        return None
-    return opened.manifest if same_images(inventory.table, pa.concat_tables(known)) else None
-
-
-def _has_codebook(opened: OpenManifest) -> bool:
-    """Whether a codebook that should be there is, and whole; its hash is remembered, so that a rerun reads no gigabyte."""
-    entry = opened.manifest.codebook
-    if entry is None:  # a set of features
-        return True
-    if size_problem(opened.store, entry) is None and file_sha256(opened.store.path(entry.path)) == entry.sha256:
-        return True
-    _log.warning("%s is gone or damaged: it is written anew", opened.store.path(entry.path))
-    return False
-
-
-def _identities(table: pa.Table) -> pa.Table:
-    columns = table.select(["image_id", "source_size", "source_mtime_ns"])
-    return columns.rename_columns(["image_id", "size", "mtime_ns"])
+    def _refuse_foreign(self, record: CommitRecord) -> None:
+        if not self._ours:
+            raise FingerprintMismatch(
+                f"{self._store.location} holds units of another fingerprint ({record.fingerprint[:16]}), and nothing in it "
+                "says with which settings they were made: choose another output folder, or use --replace"
+            )

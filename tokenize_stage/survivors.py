@@ -5,61 +5,57 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from manifests.commits import CommitRecord, RejectRow, read_commit
+from manifests.commits import RejectRow, read_commit
 from manifests.schema import Numerics
-from manifests.shards import list_values, read_shard
+from manifests.shard_reader import read_parquet
+from manifests.shards import list_values
 from manifests.storage import Store
 from tokenize_stage.outcomes import Picture
 from tokenize_stage.units import Unit, unchanged_rows
 
+Copied = tuple[Picture, npt.NDArray[Any]] | RejectRow
+"""What a member became in the last commit: a picture with its values (V, L), or a reject."""
+
 
 @dataclass(frozen=True)
 class Survivors:
-    """`unchanged` marks the members of a unit whose outcome, code or reject, is taken from the last commit."""
+    """`by_member` holds the members of a unit whose outcome is taken from the last commit, by their place in the unit."""
 
-    unchanged: npt.NDArray[np.bool_]
-    record: CommitRecord
-    shard: pa.Table | None
+    by_member: dict[int, Copied]
+    numerics: Numerics
 
     @classmethod
-    def of(cls, store: Store, unit: Unit) -> Survivors:
-        """What the committed shard of `unit` still has to give. Damage to it is `VerificationFailed`."""
+    def of(cls, store: Store, unit: Unit, column: str) -> Survivors:
+        """What the last commit of `unit` still has to give; `column` is what the values are called in its shard.
+
+        Damage to it is `VerificationFailed`.
+        """
         record = read_commit(store, unit.name)
-        unchanged = unchanged_rows(unit.members, pa.table(record.members.model_dump()))
-        shard = read_shard(store.path(record.shard.path)) if record.shard else None
-        return cls(unchanged, record, shard)
+        unchanged = unchanged_rows(unit.members, record.members.table())
+        places = {name: member for member, name in enumerate(unit.members["image_id"].to_pylist()) if unchanged[member]}
+        copied: dict[int, Copied] = {
+            places[reject.image_id]: reject
+            for reject in record.rejects
+            if reject.image_id in places and reject.reason not in unit.retry
+        }
+        if record.shard:
+            path = record.shard.path
+            table = read_parquet(pa.py_buffer(store.read(path)), store.where(path))
+            copied |= {places[name]: row for name, row in _rows(table, column) if name in places}
+        return cls(copied, record.numerics)
 
-    @property
-    def numerics(self) -> Numerics:
-        return self.record.numerics
 
-    def copy_into(
-        self,
-        members: pa.Table,
-        codes_NL: npt.NDArray[Any],
-        pictures: dict[int, Picture],
-        rejects: dict[int, RejectRow],
-        *,
-        column: str,
-    ) -> None:
-        """Fill in the surviving members by their place in the unit; `column` is what the codes are called in a shard."""
-        place = {name: row for row, name in enumerate(members["image_id"].to_pylist()) if self.unchanged[row]}
-        source_rows = members["source_row"].to_numpy()
-        for reject in self.record.rejects:
-            if (row := place.get(reject.image_id)) is not None:
-                rejects[row] = reject.model_copy(update={"source_row": int(source_rows[row])})
-        if self.shard is None:
-            return
-        codes, _ = list_values(self.shard[column])
-        boxes, _ = list_values(self.shard["view_boxes"])
-        codes_ML, boxes_MV4 = codes.reshape(-1, codes_NL.shape[1]), boxes.reshape(self.shard.num_rows, -1, 4)
-        columns = self.shard.select(["image_id", "sha256", "width", "height", "length"]).to_pydict()
-        for old, (name, *fields) in enumerate(zip(*columns.values(), strict=True)):
-            if (row := place.get(name)) is not None:
-                codes_NL[row] = codes_ML[old]
-                sha256, width, height, length = fields
-                pictures[row] = Picture(sha256, width, height, boxes_MV4[old], length)
+def _rows(table: pa.Table, column: str) -> list[tuple[str, tuple[Picture, npt.NDArray[Any]]]]:
+    """The rows of a shard by image id: what stays of the picture, and the values of its views, not copied."""
+    values, value_offsets = list_values(table[column])
+    boxes, box_offsets = list_values(table["view_boxes"])
+    fields = table.select(["image_id", "sha256", "width", "height", "length"]).to_pydict().values()
+    rows = []
+    for row, (name, sha256, width, height, length) in enumerate(zip(*fields, strict=True)):
+        boxes_V4 = boxes[box_offsets[row] : box_offsets[row + 1]].reshape(-1, 4)
+        values_VL = values[value_offsets[row] : value_offsets[row + 1]].reshape(len(boxes_V4), -1)
+        rows.append((name, (Picture(sha256, width, height, boxes_V4, length), values_VL)))
+    return rows

@@ -1,143 +1,234 @@
 """Units: which images are tokenized and committed together, decided by a set difference and nothing else.
 
 A pure function of the inventory and of what is committed. Membership is decided once and stays in the unit's commit
-record: new images form new units; a changed or removed image makes its unit be rewritten, and the other rows of
-that unit are copied. What a killed run had not committed is sliced again into the same units, because those take the
+record: new images form new units; a changed, removed or retried image makes its unit be rewritten, and the other rows
+of that unit are copied. What a killed run had not committed is sliced again into the same units, because those take the
 lowest free numbers in source order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from tokenize_stage.sources.inventory import INVENTORY_SCHEMA
+from tokenize_stage.id_index import IdIndex
+from tokenize_stage.table_rows import numbers, take_rows
+
+EXAMPLES = 3
+"""Ids that a plan names of each kind of work."""
 
 
 @dataclass(frozen=True)
 class Unit:
     """A slice of the source. `members` has the columns of an inventory, in the order of the shard's rows.
 
-    `rewrites` says that the unit is committed already and its unchanged rows are to be copied.
+    `rewrites` says that the unit is committed already and its unchanged rows are to be copied; but rejects of a reason
+    in `retry` are read again.
     """
 
     name: str
     members: pa.Table
     rewrites: bool = False
+    retry: frozenset[str] = frozenset()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Arrow pickles the whole table that a slice was cut from; its stream format holds the slice alone.
+        members = _with_own_files(self.members)
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, self.members.schema) as stream:
-            stream.write_table(self.members)
-        return _unpickle, (self.name, sink.getvalue().to_pybytes(), self.rewrites)
+        with pa.ipc.new_stream(sink, members.schema) as stream:
+            stream.write_table(members)
+        return _unpickle, (self.name, sink.getvalue().to_pybytes(), self.rewrites, self.retry)
 
 
-def _unpickle(name: str, members: bytes, rewrites: bool) -> Unit:
-    return Unit(name, pa.ipc.open_stream(members).read_all(), rewrites)
+def _with_own_files(members: pa.Table) -> pa.Table:
+    """The same rows, with the names of their own containers only: a slice keeps those of the whole inventory."""
+    at = members.schema.get_field_index("file")
+    if at < 0:
+        return members
+    return members.set_column(at, members.schema.field(at), members.column(at).cast(pa.string()).dictionary_encode())
+
+
+def _unpickle(name: str, members: bytes, rewrites: bool, retry: frozenset[str]) -> Unit:
+    return Unit(name, pa.ipc.open_stream(members).read_all(), rewrites, retry)
+
+
+class Committed(NamedTuple):
+    """A committed unit as the plan sees it: `members` with image_id, size and mtime_ns; `again` are ids to be retried."""
+
+    name: str
+    members: pa.Table
+    again: frozenset[str] = frozenset()
+
+
+class PlannedUnits(Sequence[Unit]):
+    """Units whose members are cut out of the inventory when they are asked for, so that a plan stays small."""
+
+    def __init__(self, inventory: pa.Table, cuts: Sequence[Cut], retry: frozenset[str] = frozenset()) -> None:
+        self.inventory, self.cuts, self.retry = inventory, cuts, retry
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    @overload
+    def __getitem__(self, at: int) -> Unit: ...
+    @overload
+    def __getitem__(self, at: slice) -> PlannedUnits: ...
+    def __getitem__(self, at: int | slice) -> Unit | PlannedUnits:
+        if isinstance(at, slice):
+            return PlannedUnits(self.inventory, self.cuts[at], self.retry)
+        cut = self.cuts[at]
+        retry = self.retry if cut.rewrites else frozenset()
+        return Unit(cut.name, take_rows(self.inventory, cut.rows), cut.rewrites, retry)
+
+    @property
+    def images(self) -> int:
+        """Members of all units."""
+        return sum(len(cut.rows) for cut in self.cuts)
+
+
+class Cut(NamedTuple):
+    """A unit before it is cut: the rows of the inventory that are its members, in order."""
+
+    name: str
+    rows: npt.NDArray[np.int64]
+    rewrites: bool
+
+
+@dataclass
+class Changes:
+    """How many images there are of a kind, and the first few of them."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, ids: pa.ChunkedArray, rows: npt.NDArray[np.int64]) -> None:
+        """The ids at `rows` are of this kind."""
+        self.count += len(rows)
+        self.examples += [ids[int(row)].as_py() for row in rows[: EXAMPLES - len(self.examples)]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job has to do. `emptied` units lost all their members: their commit records go."""
+    """What a job has to do. `emptied` units lost all their members: their commit records go.
 
-    units: list[Unit]
-    emptied: list[str] = field(default_factory=list)
-    added: int = 0
-    changed: int = 0
-    removed: int = 0
-    unchanged: int = 0
+    `encode` is how many images the encoder will see if all can be read: `new`, `changed` and `retried` ones.
+    """
+
+    units: PlannedUnits
+    emptied: list[str]
+    new: Changes
+    changed: Changes
+    removed: Changes
+    retried: Changes
+    unchanged: int
+
+    @property
+    def encode(self) -> int:
+        return self.new.count + self.changed.count + self.retried.count
+
+    def sample(self, images: int) -> PlannedUnits:
+        """As few whole units as have about `images` images, spread evenly over the plan; at least one, at most all.
+
+        Units stay what they are, so a later run takes them over and makes the rest as if this one had not been.
+        """
+        cuts = self.units.cuts
+        wanted = min(len(cuts), -(-images * len(cuts) // max(self.units.images, 1)))
+        chosen = [cuts[number * len(cuts) // wanted] for number in range(wanted)]
+        return PlannedUnits(self.units.inventory, chosen, self.units.retry)
 
 
 def unit_name(number: int) -> str:
     return f"u{number:06d}"
 
 
-def plan_units(inventory: pa.Table, committed: Sequence[tuple[str, pa.Table]], unit_size: int) -> Plan:
-    """Compare the inventory with the committed units, given as (name, members with the inventory's columns).
+def plan_units(
+    inventory: pa.Table, committed: Iterable[Committed], unit_size: int, retry: frozenset[str] = frozenset()
+) -> Plan:
+    """Compare the inventory with the committed units, which are looked at one by one and not kept.
 
-    `rewrites` come first, then the new units in source order.
+    Rewritten units come first, then the new ones in source order. `retry`: the reasons for which `Committed.again` was
+    filled, handed on to the workers.
     """
-    names = [name for name, _ in committed]
-    known = pa.concat_tables([members for _, members in committed]) if committed else INVENTORY_SCHEMA.empty_table()
-    sizes = [members.num_rows for _, members in committed]
-    starts = np.cumsum([0, *sizes])
-    unit_of = np.repeat(np.arange(len(committed)), sizes)
-
-    now = _positions(known["image_id"], inventory["image_id"])  # where each committed image is in the inventory
-    removed = now < 0
-    changed = ~removed & ~_same_file(known, inventory, now)
-    touched = np.unique(unit_of[removed | changed])
-
-    units: list[Unit] = []
-    emptied: list[str] = []
-    for unit in touched:
-        rows = slice(starts[unit], starts[unit + 1])
-        remaining = now[rows][~removed[rows]]
-        if len(remaining):
-            units.append(Unit(names[unit], inventory.take(remaining), rewrites=True))
-        else:
-            emptied.append(names[unit])
-
+    ids = inventory["image_id"]
+    index = IdIndex(ids)
+    size, mtime_ns = numbers(inventory["size"]), numbers(inventory["mtime_ns"])
     is_new = np.ones(inventory.num_rows, bool)
-    is_new[now[~removed]] = False
-    added = inventory.filter(pa.array(is_new))
-    free = _free_names(set(names) - set(emptied))
-    units += [Unit(next(free), added.slice(start, unit_size)) for start in range(0, added.num_rows, unit_size)]
-    return Plan(
-        units=units,
-        emptied=emptied,
-        added=added.num_rows,
-        changed=int(changed.sum()),
-        removed=int(removed.sum()),
-        unchanged=int((~removed & ~changed).sum()),
-    )
+    new, changed, removed, retried = Changes(), Changes(), Changes(), Changes()
+    cuts: list[Cut] = []
+    emptied: list[str] = []
+    taken: set[str] = set()
+    unchanged = 0
+    for unit in committed:
+        known = unit.members
+        now = index.find(known["image_id"])
+        gone = now < 0
+        other = _differs(size, now, known["size"]) | _differs(mtime_ns, now, known["mtime_ns"])
+        again = np.zeros(len(now), bool)
+        if unit.again:
+            again = ~gone & ~other & [name in unit.again for name in known["image_id"].to_pylist()]
+        is_new[now[~gone]] = False
+        removed.add(known["image_id"], np.flatnonzero(gone))
+        changed.add(known["image_id"], np.flatnonzero(other))
+        retried.add(known["image_id"], np.flatnonzero(again))
+        unchanged += int((~gone & ~other & ~again).sum())
+        remaining = now[~gone]
+        if len(remaining):
+            taken.add(unit.name)
+            if len(remaining) < len(now) or other.any() or again.any():
+                cuts.append(Cut(unit.name, remaining, rewrites=True))
+        else:
+            emptied.append(unit.name)
+
+    new_rows = np.flatnonzero(is_new)
+    new.add(ids, new_rows)
+    free = _free_names(taken)
+    cuts += [
+        Cut(next(free), new_rows[start : start + unit_size], rewrites=False)
+        for start in range(0, len(new_rows), unit_size)
+    ]
+    return Plan(PlannedUnits(inventory, cuts, retry), emptied, new, changed, removed, retried, unchanged)
 
 
-def same_images(inventory: pa.Table, known: pa.Table) -> bool:
-    """Whether `known` (image_id, size, mtime_ns) holds exactly the images of the inventory, all unchanged."""
-    if inventory.num_rows != known.num_rows:
-        return False
-    now = _positions(known["image_id"], inventory["image_id"])
-    return bool((now >= 0).all() and _same_file(known, inventory, now).all())
+def same_images(inventory: pa.Table, known: Iterable[pa.Table]) -> bool:
+    """Whether the tables of `known` (image_id, size, mtime_ns) hold exactly the inventory's images, all unchanged.
+
+    No image may stand in them twice.
+    """
+    index = IdIndex(inventory["image_id"])
+    size, mtime_ns = numbers(inventory["size"]), numbers(inventory["mtime_ns"])
+    rows = 0
+    for table in known:
+        rows += table.num_rows
+        now = index.find(table["image_id"])
+        if (now < 0).any():
+            return False
+        if _differs(size, now, table["size"]).any() or _differs(mtime_ns, now, table["mtime_ns"]).any():
+            return False
+    return rows == inventory.num_rows
 
 
 def unchanged_rows(members: pa.Table, previous: pa.Table) -> npt.NDArray[np.bool_]:
     """Which `members` of a rewritten unit stood in its `previous` members with the same size and mtime."""
-    before = _positions(members["image_id"], previous["image_id"])
-    return (before >= 0) & _same_file(members, previous, before)
-
-
-def _positions(wanted: pa.ChunkedArray, among: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """For each of `wanted` its place in `among`, or -1."""
-    found = pc.index_in(wanted, value_set=among)
-    return _numbers(found.fill_null(-1) if found.null_count else found).astype(np.int64)
-
-
-def _same_file(left: pa.Table, right: pa.Table, at: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Whether row i of `left` and row `at[i]` of `right` are one unchanged file; rows at -1 mean nothing."""
-    if right.num_rows == 0:
-        return np.zeros(left.num_rows, bool)
-    same = np.ones(left.num_rows, bool)
+    before = IdIndex(previous["image_id"]).find(members["image_id"])
+    same = before >= 0
     for column in ("size", "mtime_ns"):
-        same &= _numbers(left[column]) == _numbers(right[column])[at]
+        same &= ~_differs(numbers(previous[column]), before, members[column])
     return same
 
 
-def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """A column without nulls. Arrow's own `to_numpy` imports pandas, a quarter of the time of a run with no work."""
-    return np.from_dlpack(column.combine_chunks()).astype(np.int64, copy=False)
+def _differs(values: npt.NDArray[np.int64], at: npt.NDArray[np.int64], known: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """Whether `values[at]` are other numbers than `known`; where `at` is -1 they are not."""
+    here = at >= 0
+    other = np.zeros(len(at), bool)
+    other[here] = values[at[here]] != numbers(known)[here]
+    return other
 
 
 def _free_names(taken: set[str]) -> Iterator[str]:
-    number = 0
-    while True:
-        if (name := unit_name(number)) not in taken:
-            yield name
-        number += 1
+    return (name for number in itertools.count() if (name := unit_name(number)) not in taken)

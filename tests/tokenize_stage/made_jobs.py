@@ -14,6 +14,7 @@ from PIL import Image
 
 from manifests.reader import open_manifest
 from manifests.schema import Geometry
+from manifests.storage import Store
 from tokenize_stage.codebook_folder import (
     CodebookDescription,
     EncoderRecord,
@@ -92,7 +93,7 @@ def make_pictures(folder: Path, count: int, first: int = 0) -> Path:
     return folder
 
 
-def job_config(pictures: Path, codebook: Path, output: Path, **changes: Any) -> TokenSetConfig:
+def job_config(pictures: Path | str, codebook: Path, output: Path | str, **changes: Any) -> TokenSetConfig:
     """A small job: units of 8 images, batches of 4."""
     values: dict[str, Any] = {
         "source": {"kind": "folder", "path": pictures},
@@ -108,7 +109,7 @@ def job_config(pictures: Path, codebook: Path, output: Path, **changes: Any) -> 
     return TokenSetConfig.model_validate({**values, **changes})
 
 
-def content(output: Path) -> dict[str, Any]:
+def content(output: Path | str) -> dict[str, Any]:
     """What must be equal between runs that did the same work: everything but the provenance."""
     opened = open_manifest(output)
     manifest = opened.manifest.model_dump(exclude={"provenance"})
@@ -116,7 +117,7 @@ def content(output: Path) -> dict[str, Any]:
         "manifest": manifest,
         "index": opened.index().to_pydict(),
         "rejects": opened.rejects().to_pydict(),
-        "bytes": {shard.path: (output / shard.path).read_bytes() for shard in opened.shards},
+        "bytes": {shard.path: Store.open(output).read(shard.path) for shard in opened.shards},
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tokenize_stage.config import CodebookConfig, FolderSource, LlavaSource, TokenSetConfig
+from tokenize_stage.config import CodebookConfig, FolderSource, GeometryConfig, LlavaSource, TokenSetConfig
 
 SET = {
     "source": {"kind": "folder", "path": "images"},
@@ -49,6 +49,28 @@ def test_a_wrong_value_is_named(changes: dict[str, object], named: str) -> None:
     with pytest.raises(ValidationError) as caught:
         TokenSetConfig.model_validate({**SET, **changes})
     assert named in [".".join(map(str, error["loc"])) for error in caught.value.errors()]
+
+
+def test_anyres_is_llava_nexts_unless_said_otherwise() -> None:
+    geometry = GeometryConfig(mode="anyres", size=336).resolve((0.5, 0.5, 0.5))
+    assert geometry.grid_pinpoints == ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    assert geometry.background == (0, 0, 0)
+    own = GeometryConfig(mode="anyres", size=14, grid_pinpoints=((28, 28),), background=(1, 2, 3)).resolve()
+    assert (own.grid_pinpoints, own.background) == (((28, 28),), (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"grid_pinpoints": [[28, 30]]}, "not a multiple of size 14"),
+        ({"grid_pinpoints": []}, "at least 1 item"),
+        ({"grid_pinpoints": [[14 * 65, 14]]}, "more than 64 tiles"),
+        ({"mode": "pad", "grid_pinpoints": [[28, 28]]}, "belong to anyres"),
+    ],
+)
+def test_pinpoints_that_make_no_grid_are_refused(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        GeometryConfig.model_validate({"mode": "anyres", "size": 14, **changes})
 
 
 def test_a_configuration_survives_json() -> None:

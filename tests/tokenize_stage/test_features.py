@@ -103,7 +103,7 @@ def test_a_job_from_pictures_to_features(
     assert verify(tmp_path / "out").problems == []
     size = {"float32": 4, "bfloat16": 2}[dtype] * 16 * WIDTH
     assert f"features in {dtype} take {size / 1e6:.3f} MB an image, " in caplog.text
-    assert f"16 positions x {WIDTH} features an image" in caplog.text
+    assert f"16 positions x {WIDTH} features a view" in caplog.text
 
     opened = open_manifest(tmp_path / "out")
     ids = opened.index()["image_id"].to_pylist()
@@ -161,7 +161,7 @@ def test_a_rewritten_unit_copies_the_features_that_stand(pictures: Path, dinov2:
     assert verify(tmp_path / "out").problems == []
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("ray_cluster")
 def test_ray_gives_the_bytes_of_the_local_engine(
     pictures: Path, dinov2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

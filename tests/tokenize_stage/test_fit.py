@@ -193,7 +193,7 @@ def test_views_come_in_order_with_their_content(tmp_path: Path) -> None:
     config = codebook_config(tmp_path)
     inventory = take_inventory(config.source)
     ids = inventory.table["image_id"].to_pylist()
-    batches = list(read_views(config, config.geometry.resolve(), inventory.root, ids, (4, 4)))
+    batches = list(read_views(config, config.geometry.resolve(), inventory.images_at, inventory.table, (4, 4)))
     assert [len(batch.views_BSSC) for batch in batches] == [5, 5, 5, 5, 4]
     for image_id, view, content in zip(
         ids,
@@ -202,7 +202,7 @@ def test_views_come_in_order_with_their_content(tmp_path: Path) -> None:
         strict=True,
     ):
         if image_id.endswith(".png"):
-            image = np.asarray(Image.open(inventory.root / image_id))
+            image = np.asarray(Image.open(Path(inventory.root, image_id)))
             views, boxes = make_views(image, Geometry(mode="pad", size=tiny_encoders.SIZE))
             assert np.array_equal(view, views[0])
             assert np.array_equal(content, content_mask(boxes, (4, 4), image.shape[1], image.shape[0]))

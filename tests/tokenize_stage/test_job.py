@@ -123,7 +123,7 @@ def test_the_budget_stops_early_and_a_larger_one_goes_on(pictures: Path, codeboo
         run_job(job_config(pictures, codebook, output, max_reject_rate=0.1))
     assert commits(output) == ["u000000", "u000001"]  # the third unit was not begun
     assert not (output / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in (output / "shards").iterdir()}
+    kept = {path: path.stat().st_mtime_ns for name in commits(output) for path in output.glob(f"shards/{name}-*")}
 
     with pytest.raises(BudgetExceeded, match="3 of 20"):
         run_job(job_config(pictures, codebook, output, max_reject_rate=0.1))
@@ -177,14 +177,14 @@ def test_added_changed_and_removed_images(pictures: Path, codebook: Path, tmp_pa
     make_pictures(pictures, 2, first=900)
     added = run_job(config)
     assert added.plan is not None
-    assert (added.plan.added, added.encoded, added.copied) == (2, 2, 0)
+    assert (added.plan.new.count, added.encoded, added.copied) == (2, 2, 0)
     assert added.manifest.shards[:3] == first.shards
 
     (pictures / "000001.jpg").write_bytes((pictures / "000005.jpg").read_bytes())
     (pictures / "000002.png").unlink()
     changed = run_job(config)
     assert changed.plan is not None
-    assert (changed.plan.changed, changed.plan.removed, changed.encoded) == (1, 1, 1)
+    assert (changed.plan.changed.count, changed.plan.removed.count, changed.encoded) == (1, 1, 1)
     assert changed.manifest.totals.images == 21
     assert verify(tmp_path / "out").problems == []
     codes = open_manifest(tmp_path / "out").read_codes(["000001.jpg", "000005.jpg"])

@@ -55,6 +55,23 @@ def test_every_stage_and_every_bit_is_the_reference_s(qlip: Qlip) -> None:
     assert not torch.equal(group(bits_BPE, 28), golden["ids_reference_float"])
 
 
+@torch.inference_mode()
+def test_the_class_token_is_the_reference_s_too(qlip: Qlip) -> None:
+    """Codes do not use it; it tells what the patches cannot: that the token they attend to is right in every block."""
+    golden = read_golden(FIXTURE)
+    outputs: list[torch.Tensor] = []
+    tower = qlip.encoder._model
+    hook = tower.encoder["layers"][-1].register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    hidden_BPn = qlip.encoder.hidden(golden["pixel_values"])
+    hook.remove()
+    assert torch.equal(outputs[0][:, 1:], hidden_BPn)
+    stored = {name: tensor.float() for name, tensor in load_file(FIXTURE / "model.safetensors").items()}
+    weight, bias = (stored[f"{TOWER}post_layernorm.{name}"] for name in ("weight", "bias"))
+    eps = json.loads((FIXTURE / "config.json").read_text())["vision_config"]["layer_norm_eps"]
+    pooled_Bn = F.layer_norm(outputs[0][:, 0], weight.shape, weight, bias, eps)
+    close(pooled_Bn, golden["pooled"], atol=5e-5)
+
+
 def test_the_quantiser_alone_is_the_reference_s() -> None:
     golden = read_golden(FIXTURE)
     bits = binarise(normalised(golden["bsq_input"]))

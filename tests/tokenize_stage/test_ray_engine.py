@@ -6,21 +6,26 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import ray
 from bad_inputs import make_bad_inputs
-from made_jobs import content, job_config, make_pictures
+from made_jobs import content, job_config, make_pictures, start_driver
+from pydantic import ValidationError
+from ray._private.node import Node
+from ray.cluster_utils import Cluster
 
 from manifests.errors import EnvironmentProblem, FingerprintMismatch, StorageError
 from tokenize_stage.config import RayConfig
-from tokenize_stage.engines.ray import Pool, plan_pool
+from tokenize_stage.engines.room import WorkerSize, room_for, worker_size, workers_wanted
 from tokenize_stage.job import run_job
 from tokenize_stage.progress import JobProgress
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -41,10 +46,12 @@ def test_the_same_shards_as_the_local_engine(
     config = job_config(pictures, codebook, Path("ray"), engine="ray", ray=ray, decode_threads=3, **changes)
     run_job(config, progress=seen.append)
     assert content(tmp_path / "ray") == content(tmp_path / "local")
-    assert len({state.done for state in seen}) == 8  # the start and one line for each of the seven units
-    named = {json.loads(line)["worker"] for line in (tmp_path / "ray" / "metrics.jsonl").read_text().splitlines()}
-    assert 1 <= len(named) <= workers
-    assert not any(name.endswith(f":{os.getpid()}") for name in named)
+    assert {state.units_done for state in seen} == set(range(8))
+    assert max(state.workers for state in seen) == workers
+    assert seen[-1].by_worker.keys() <= named(tmp_path / "ray")
+    assert 1 <= len(named(tmp_path / "ray")) <= workers
+    assert not any(name.endswith(f":{os.getpid()}") for name in named(tmp_path / "ray"))
+    assert not (tmp_path / "ray" / "progress.json").exists()
 
 
 def test_a_killed_worker_costs_nothing_but_time(codebook: Path, tmp_path: Path) -> None:
@@ -62,7 +69,7 @@ def test_a_unit_that_kills_every_worker_ends_the_job(codebook: Path, tmp_path: P
     config = job_config(pictures, codebook, tmp_path / "ray", engine="ray")
     with (
         killing_workers(at_most=1000),
-        pytest.raises(EnvironmentProblem, match="a Ray worker died 4 times on one unit"),
+        pytest.raises(EnvironmentProblem, match="a Ray worker died 4 times on unit u000000"),
     ):
         run_job(config)
     assert run_job(config).encoded == 8
@@ -90,37 +97,171 @@ def test_failing_storage_fails_units_and_not_the_workers(codebook: Path, tmp_pat
         run_job(job_config(tmp_path, codebook, tmp_path / "out", source=source, engine="ray", max_reject_rate=1.0))
 
 
+def test_nodes_that_die_and_nodes_that_join(codebook: Path, tmp_path: Path, ray_cluster: Cluster) -> None:
+    """The only node with room for a worker dies; the job waits for another one and loses nothing."""
+    pictures = make_pictures(tmp_path / "pictures", 200)
+    run_job(job_config(pictures, codebook, tmp_path / "local", unit_size=2))
+    ray = RayConfig(cpus_per_worker=3, wait_for_nodes=60)
+    config = job_config(pictures, codebook, tmp_path / "ray", engine="ray", ray=ray, unit_size=2)
+    with ChangingNodes(ray_cluster, lambda: bool(named(Path(config.output)))) as nodes:
+        run_job(config, progress=nodes)
+    assert nodes.died
+    assert len(named(Path(config.output))) == 2
+    assert content(tmp_path / "ray") == content(tmp_path / "local")
+
+
+def test_decoding_on_other_nodes(codebook: Path, tmp_path: Path, ray_cluster: Cluster) -> None:
+    """Views come from Ray tasks, one of whose nodes dies: the same shards, rejects and all."""
+    pictures = make_pictures(tmp_path / "pictures", 200)
+    make_bad_inputs(pictures / "bad")
+    changes = {"unit_size": 16, "max_reject_rate": 0.5}
+    run_job(job_config(pictures, codebook, tmp_path / "local", **changes))
+    ray = RayConfig(num_workers=1, decode="cluster")
+    config = job_config(pictures, codebook, tmp_path / "ray", engine="ray", ray=ray, decode_threads=4, **changes)
+    with ChangingNodes(ray_cluster, lambda: bool(named(Path(config.output)))) as nodes:
+        run_job(config, progress=nodes)
+    assert nodes.died
+    assert content(tmp_path / "ray") == content(tmp_path / "local")
+
+
 def test_a_cluster_without_room_is_one_sentence(pictures: Path, codebook: Path, tmp_path: Path) -> None:
-    ray = RayConfig(cpus_per_worker=64)
-    with pytest.raises(EnvironmentProblem, match=r"no node .* 64 CPUs and 0 GPUs \(nodes: 2 CPUs and 0 GPUs\): lower"):
+    ray = RayConfig(cpus_per_worker=64, wait_for_nodes=1)
+    began = time.monotonic()
+    with pytest.raises(EnvironmentProblem, match=r"no node .* 64 CPUs, 0 GPUs \(nodes: 2 CPUs, 0 GPUs\): ask for less"):
         run_job(job_config(pictures, codebook, tmp_path / "out", engine="ray", ray=ray))
+    assert 1 < time.monotonic() - began < 15
+
+
+def test_an_address_where_nobody_listens_is_one_sentence(pictures: Path, codebook: Path, tmp_path: Path) -> None:
+    """In a process of its own, which has no Ray yet; Ray itself would try for ten minutes."""
+    config = job_config(pictures, codebook, tmp_path / "out", engine="ray", ray=RayConfig(address="ray://127.0.0.1:1"))
+    driver = start_driver(config)
+    told, noise = driver.communicate(timeout=60)
+    assert driver.returncode == EnvironmentProblem.exit_code
+    assert told.startswith("EnvironmentProblem: no Ray cluster lets us in at ray://127.0.0.1:1 (")
+    assert noise == ""
+
+
+def test_a_signal_ends_the_job_and_its_ray(codebook: Path, tmp_path: Path) -> None:
+    pictures = make_pictures(tmp_path / "pictures", 400)
+    ray = RayConfig(address="local")
+    config = job_config(pictures, codebook, tmp_path / "out", engine="ray", ray=ray, unit_size=2)
+    driver = start_driver(config, env={**os.environ, "RAY_ADDRESS": ""})
+    while not named(Path(config.output)):
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.05)
+    started = descendants(driver.pid)
+    assert len(started) > 3
+    driver.send_signal(signal.SIGTERM)
+    told, noise = driver.communicate(timeout=20)
+    assert driver.returncode == 143
+    assert told.startswith("Interrupted: stopped by a signal with ")
+    assert noise == ""
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+    kept = len(list((Path(config.output) / "commits").iterdir()))
+    assert run_job(config.model_copy(update={"engine": "local"})).encoded == 400 - 2 * kept
 
 
 @pytest.mark.parametrize(
-    ("config", "nodes", "units", "pool"),
+    ("config", "nodes", "units", "workers"),
     [
-        ({}, [{"CPU": 2}], 9, Pool(1, 1, 0)),  # one worker a node, without GPUs
-        ({}, [{"CPU": 1}], 9, Pool(1, 1, 0)),
-        ({}, [{"CPU": 8}, {"CPU": 8}, {"CPU": 0}], 9, Pool(2, 1, 0)),
-        ({"num_workers": 6}, [{"CPU": 8}], 4, Pool(4, 1, 0)),  # never more workers than units
-        ({"num_workers": 6}, [{"CPU": 4}], 9, Pool(4, 1, 0)),  # nor than there is room for
-        ({"cpus_per_worker": 0.5, "num_workers": 2}, [{"CPU": 1}], 9, Pool(2, 0.5, 0)),
-        ({}, [{"CPU": 32, "GPU": 8}, {"CPU": 32}], 99, Pool(8, 1, 1)),  # one worker a GPU
-        ({"gpus_per_worker": 0.5}, [{"CPU": 8, "GPU": 2}], 99, Pool(4, 1, 0.5)),
-        ({"cpus_per_worker": 8}, [{"CPU": 16, "GPU": 4}], 99, Pool(2, 8, 1)),
-        ({"gpus_per_worker": 0}, [{"CPU": 8, "GPU": 2}], 99, Pool(1, 1, 0)),
+        ({}, [{"CPU": 2}], 9, 1),  # one worker a node, without GPUs
+        ({}, [{"CPU": 8}, {"CPU": 8}, {"CPU": 0}], 9, 2),
+        ({"num_workers": 6}, [{"CPU": 8}], 4, 4),  # never more workers than units
+        ({"num_workers": 6}, [{"CPU": 4}], 9, 6),  # two of them wait for a node
+        ({"num_workers": 6}, [{"CPU": 0.5}], 9, 0),
+        ({"cpus_per_worker": 0.5, "num_workers": 2}, [{"CPU": 1}], 9, 2),
+        ({}, [{"CPU": 32, "GPU": 8}, {"CPU": 32}], 99, 8),  # one worker a GPU
+        ({"gpus_per_worker": 0.5}, [{"CPU": 8, "GPU": 2}], 99, 4),
+        ({"cpus_per_worker": 8}, [{"CPU": 16, "GPU": 4}], 99, 2),
+        ({"gpus_per_worker": 0}, [{"CPU": 8, "GPU": 2}], 99, 1),
+        ({"gpus_per_worker": 1}, [{"CPU": 8}], 99, 0),
+        ({"memory_per_worker": 3}, [{"CPU": 8, "GPU": 2, "memory": 4 << 30}], 99, 1),
+        ({"memory_per_worker": 3}, [{"CPU": 8, "memory": 2 << 30}], 99, 0),
+        ({"decode": "cluster"}, [{"CPU": 1}], 9, 0),  # the worker and its decode task
+        ({"decode": "cluster"}, [{"CPU": 2}], 9, 1),
+        ({"decode": "cluster"}, [{"CPU": 1}, {"CPU": 1}, {"CPU": 1}], 9, 2),
+        ({"decode": "cluster", "num_workers": 6}, [{"CPU": 4}], 9, 3),
+        ({"decode": "cluster"}, [{"CPU": 8, "GPU": 8}, {"CPU": 32}], 99, 8),
+        ({"decode": "cluster"}, [{"CPU": 8, "GPU": 8}], 99, 7),
+        ({}, [], 9, 0),
     ],
 )
 def test_the_pool_fits_the_cluster(
-    config: dict[str, float], nodes: list[dict[str, float]], units: int, pool: Pool
+    config: dict[str, object], nodes: list[dict[str, float]], units: int, workers: int
 ) -> None:
-    assert plan_pool(RayConfig.model_validate(config), nodes, units) == pool
+    asked = RayConfig.model_validate(config)
+    size = worker_size(asked, nodes)
+    assert workers_wanted(asked, size, nodes, units) == workers
+    assert bool(room_for(size, nodes)) == bool(workers)
 
 
-@pytest.mark.parametrize("nodes", [[], [{"CPU": 0.5}], [{"CPU": 0.5}, {"CPU": 0.5, "GPU": 1}]])
-def test_no_room_for_one_worker(nodes: list[dict[str, float]]) -> None:
-    with pytest.raises(EnvironmentProblem, match="no node of the Ray cluster has room"):
-        plan_pool(RayConfig(), nodes, 1)
+@pytest.mark.parametrize("address", ["auto", "local", "ray://head:10001"])
+def test_addresses(address: str) -> None:
+    assert RayConfig(address=address).address == address
+
+
+@pytest.mark.parametrize("address", ["head:10001", "ray://head", "ray:head:10001", ""])
+def test_no_address(address: str) -> None:
+    with pytest.raises(ValidationError, match="address"):
+        RayConfig(address=address)
+
+
+def test_sizes_are_told_in_words() -> None:
+    assert str(WorkerSize(8, 1, 3 << 30, 1)) == "8 CPUs, 1 GPUs, 3 GiB of memory and 1 core to decode"
+
+
+def named(output: Path) -> set[str]:
+    """The workers that have finished a unit."""
+    path = output / "metrics.jsonl"
+    return {json.loads(line)["worker"] for line in path.read_text().splitlines()} if path.exists() else set()
+
+
+class ChangingNodes:
+    """A second node of the cluster that dies during a job, and a third one that joins then; listens to its progress."""
+
+    def __init__(self, cluster: Cluster, when: Callable[[], bool]) -> None:
+        self.cluster, self.when = cluster, when
+        self.died = False
+
+    def __call__(self, _: JobProgress) -> None:
+        if not self.died and self.when():
+            self.cluster.remove_node(self.node, allow_graceful=False)
+            self.died = True
+            self.node = self._join()
+
+    def __enter__(self) -> ChangingNodes:
+        self.node = self._join()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cluster.remove_node(self.node)
+        # Ray goes on listing a node for a while; the next test is to find the head alone.
+        wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
+
+    def _join(self) -> Node:
+        return self.cluster.add_node(num_cpus=3, object_store_memory=100 << 20)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes below this one."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                parents[int(entry.name)] = parent(int(entry.name))
+    found, above = set(), {pid}
+    while above:
+        above = {child for child, up in parents.items() if up in above} - found
+        found |= above
+    return found
 
 
 @contextmanager

@@ -92,6 +92,30 @@ def test_the_search_equals_the_oracle(
     check(draw(count), books)
 
 
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 255, 256, 257, 300])
+def test_the_two_lowest_scores_wherever_they_stand(size: int) -> None:
+    scores_NK = torch.from_numpy(normal(size, size * size, size))
+    pairs = torch.cartesian_prod(torch.arange(size), torch.arange(size)).T
+    scores_NK[torch.arange(size * size), pairs[0]] = -9.0
+    scores_NK[torch.arange(size * size), pairs[1]] = torch.where(pairs[0] == pairs[1], -9.0, -8.0)
+    lowest_N, best_N, second_N = search._two_lowest(scores_NK)
+    assert torch.equal(best_N, pairs[0])
+    two_N2 = torch.cat([scores_NK, torch.full((len(scores_NK), 1), torch.inf)], 1).topk(2, largest=False).values
+    assert torch.equal(torch.stack([lowest_N, second_N], 1), two_N2)
+
+
+@pytest.mark.parametrize("size", [127, 128, 129, 257, 400])
+def test_ties_between_any_two_columns_go_to_the_lower_id(size: int) -> None:
+    book = np.zeros((size, 2), np.float32)
+    book[:, 0] = 2 + np.arange(size)
+    first, second = np.random.default_rng(size).integers(size, size=(2, 200))
+    for k, j in zip(first, second, strict=True):
+        if k != j:
+            tied = book.copy()
+            tied[k], tied[j] = (0, 1), (0, -1)
+            assert check(np.zeros((1, 2), np.float32), [tied]).reranked_rows == 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), gap=st.integers(-60, 0), width=st.integers(2, 64))
 def test_near_ties_at_every_distance(seed: int, gap: int, width: int) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from made_containers import Place
 from made_jobs import make_pictures, picture
 
 from manifests.errors import InputError
 from tokenize_stage.config import FolderSource, LlavaSource
 from tokenize_stage.sources import Inventory, take_inventory
-from tokenize_stage.sources.inventory import ABSENT
+from tokenize_stage.sources.inventory import ABSENT, INVENTORY_SCHEMA
 
 
 def ids(inventory: Inventory) -> list[str]:
@@ -36,8 +37,16 @@ def test_a_folder_is_listed_by_path(tmp_path: Path) -> None:
     inventory = take_inventory(FolderSource(path=root))
     assert ids(inventory) == ["000001.jpg", "000002.png", "UPPER.JPEG", "more/000000.png", "more/000003.jpg"]
     stat = (root / "000001.jpg").stat()
+    assert inventory.table.schema == INVENTORY_SCHEMA
     assert inventory.table.slice(0, 1).to_pylist() == [
-        {"image_id": "000001.jpg", "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "source_row": 0}
+        {
+            "image_id": "000001.jpg",
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "source_row": 0,
+            "file": None,
+            "offset": 0,
+        }
     ]
     assert inventory.errors == []
 
@@ -117,3 +126,26 @@ def test_a_file_without_images_is_one_sentence(tmp_path: Path) -> None:
         llava(path, tmp_path)
     with pytest.raises(InputError):
         llava(tmp_path / "absent.json", tmp_path)
+
+
+def test_many_references_into_a_bucket_cost_one_listing(place: Place) -> None:
+    for number in range(5):
+        place.put(f"images/{number}.png", picture(number))
+    names = [f"{number}.png" for number in range(1_200)]
+    records = "".join(json.dumps({"image": name}) + "\n" for name in [*names, "../out.png", "0.png"])
+    source = LlavaSource(path=place.put("data.jsonl", records.encode()), image_root=f"{place.location}/images")
+    inventory = take_inventory(source)
+    assert ids(inventory) == [*names, "../out.png"]
+    sizes = inventory.table["size"].to_pylist()
+    assert sizes[:5] == [len(picture(number)) for number in range(5)]
+    assert set(sizes[5:]) == {ABSENT}
+
+
+def test_a_folder_in_a_bucket(place: Place) -> None:
+    for name in ("b.png", "a/x.JPG", "a/.hidden.png", ".git/y.png", "notes.txt"):
+        place.put(name, picture(1))
+    inventory = take_inventory(FolderSource(path=place.location))
+    assert ids(inventory) == ["a/x.JPG", "b.png"]
+    assert inventory.table["size"].to_pylist() == [len(picture(1))] * 2
+    with pytest.raises(InputError):
+        take_inventory(FolderSource(path=f"{place.location}/nowhere"))

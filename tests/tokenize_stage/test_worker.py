@@ -4,62 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bad_inputs import make_bad_inputs
 from made_jobs import CODES, DEPTH, VIEW, job_config, make_pictures
+from made_orders import order_of, tokenize, units_of
 
 from manifests.commits import decode_usage, write_commit
 from manifests.decode import decode
-from manifests.fingerprint import fingerprint
 from manifests.geometry import make_views
-from manifests.shards import list_values, read_shard
+from manifests.shard_reader import read_shard
+from manifests.shards import list_values
 from manifests.storage import Store
-from tokenize_stage.identity import fingerprint_keys, identify
 from tokenize_stage.outcomes import UnitDone, UnitFailed
 from tokenize_stage.sources import take_inventory
 from tokenize_stage.sources.inventory import build_table
 from tokenize_stage.tokenizers import load
-from tokenize_stage.units import Unit, plan_units
-from tokenize_stage.worker import Worker, WorkOrder
-
-
-def order_of(root: Path, codebook: Path, output: Path, **changes: Any) -> WorkOrder:
-    config = job_config(root, codebook, output)
-    geometry = config.geometry.resolve()
-    spec = identify(config.tokenizer, geometry).spec
-    values: dict[str, Any] = {
-        "output": str(output),
-        "root": root,
-        "geometry": geometry,
-        "tokenizer": config.tokenizer,
-        "spec": spec,
-        "fingerprint": fingerprint(fingerprint_keys(spec, geometry, "float32")),
-        "dtype": "float32",
-        "device": "cpu",
-        "batch_size": 4,
-        "torch_threads": 1,
-        "decode_threads": 2,
-        "max_pixels": config.max_pixels,
-    }
-    return WorkOrder(**{**values, **changes})
-
-
-def units_of(root: Path, codebook: Path, size: int = 100) -> list[Unit]:
-    return plan_units(take_inventory(job_config(root, codebook, root).source).table, [], size).units
-
-
-def tokenize(order: WorkOrder, unit: Unit) -> UnitDone:
-    worker = Worker(order)
-    try:
-        outcome = worker.tokenize(unit)
-    finally:
-        worker.close()
-    assert isinstance(outcome, UnitDone)
-    return outcome
+from tokenize_stage.units import Committed, Unit, plan_units
+from tokenize_stage.worker import Worker
 
 
 def test_a_row_holds_what_the_tokenizer_makes_of_the_view(pictures: Path, codebook: Path, tmp_path: Path) -> None:
@@ -67,7 +31,7 @@ def test_a_row_holds_what_the_tokenizer_makes_of_the_view(pictures: Path, codebo
     [unit] = units_of(pictures, codebook)
     record = tokenize(order, unit).record
     assert record.shard is not None
-    table = read_shard(tmp_path / "out" / record.shard.path)
+    table = read_shard(Store.open(tmp_path / "out"), record.shard.path)
     assert table["image_id"].to_pylist() == unit.members["image_id"].to_pylist()
     tokenizer = load(order.tokenizer, order.spec, dtype="float32", device="cpu")
     codes, _ = list_values(table["codes"])
@@ -106,8 +70,8 @@ def test_a_reject_changes_nothing_about_its_neighbours(pictures: Path, codebook:
     after = tokenize(order_of(pictures, codebook, tmp_path / "after"), unit).record
     assert before.shard is not None
     assert after.shard is not None
-    whole = read_shard(tmp_path / "before" / before.shard.path).to_pylist()
-    assert read_shard(tmp_path / "after" / after.shard.path).to_pylist() == whole[:5] + whole[6:]
+    whole = read_shard(Store.open(tmp_path / "before"), before.shard.path).to_pylist()
+    assert read_shard(Store.open(tmp_path / "after"), after.shard.path).to_pylist() == whole[:5] + whole[6:]
     assert [(row.image_id, row.reason) for row in after.rejects] == [(victim, "not_an_image")]
 
 
@@ -123,7 +87,7 @@ def test_every_bad_input_is_a_reject_with_its_reason(codebook: Path, tmp_path: P
     record = tokenize(order_of(root, codebook, tmp_path / "out"), Unit("u000000", members)).record
     found: dict[str, str | None] = {row.image_id: row.reason for row in record.rejects}
     assert record.shard is not None
-    found |= dict.fromkeys(read_shard(tmp_path / "out" / record.shard.path)["image_id"].to_pylist())
+    found |= dict.fromkeys(read_shard(Store.open(tmp_path / "out"), record.shard.path)["image_id"].to_pylist())
     assert {**expected, "nul\0.png": found["nul\0.png"]} == found
     assert found["nul\0.png"] is not None
     assert all(row.message for row in record.rejects)
@@ -160,7 +124,7 @@ def test_a_rewritten_unit_copies_what_did_not_change(pictures: Path, codebook: P
     (pictures / unit.members["image_id"][12].as_py()).unlink()
     (pictures / victim).write_bytes((pictures / unit.members["image_id"][8].as_py()).read_bytes())
     inventory = take_inventory(job_config(pictures, codebook, tmp_path).source).table
-    [again] = plan_units(inventory, [("u000000", unit.members)], 100).units
+    [again] = plan_units(inventory, [Committed("u000000", unit.members)], 100).units
     done = tokenize(order, again)
     assert (done.metrics.encoded, done.metrics.copied, done.metrics.rejected) == (1, 18, 1)
     assert done.record.rejects == first.rejects

@@ -1,156 +1,64 @@
-"""`engine: ray`: the units as rows of a Ray Data stream through a pool of worker actors. The only file with Ray in it.
+"""`engine: ray`: the job's connection to a Ray cluster. With `ray_pool` and `ray_actor` the only place that knows Ray.
 
-The rows are materialised units, so no read task competes with the actors for cores, and a cluster just large enough
-for one worker runs (Ray issue 44687 is about pipelines that read). Nothing large passes the object store: a row names
-images, an outcome is a commit record.
+The units are handed to a pool of plain actors by the driver itself rather than by Ray Data, whose pool (2.60) ends the
+job with `ActorUnavailableError` when a node is lost; docs/design.md has the measurement.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
-import math
 import os
-import pickle
 import signal
+import socket
 import threading
-import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-import pyarrow as pa
-
-from manifests.errors import AsvrError, EnvironmentProblem
+from manifests.errors import EnvironmentProblem
 from tokenize_stage.config import RayConfig
+from tokenize_stage.engines.in_flight import OnRunning
+from tokenize_stage.order import WorkOrder
 from tokenize_stage.outcomes import UnitDone, UnitFailed
 from tokenize_stage.units import Unit
-from tokenize_stage.worker import Worker, WorkOrder
-
-TASK_RETRIES = 3
-"""How often a unit is begun again because its worker died; a unit that kills every worker must end the job."""
 
 _QUIET = {
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the job has its own progress line
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about workers without a GPU
-    "RAY_DATA_LOG_LEVEL": "CRITICAL",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what goes wrong comes as an exception too
+    "RAY_NUM_REDIS_GET_RETRIES": "5",  # attempts to connect, of which each may take 40 seconds; 20 are usual
 }
 
-_log = logging.getLogger(__name__)
+_CLIENT = "ray://"
 
+CLIENT_ATTEMPTS = 3
+_DIED = "Initialization failure from server"
 
-@dataclass(frozen=True)
-class Pool:
-    """How many workers of what size."""
-
-    workers: int
-    cpus: float
-    gpus: float
-
-
-class UnitActor:
-    """A worker as Ray Data calls it: a table with one pickled unit in, a table with one pickled outcome out.
-
-    An error the user can repair travels as a value, so that it arrives as itself; a bug is raised here and
-    stops the job.
-    """
-
-    def __init__(self, order: WorkOrder) -> None:
-        self._worker = Worker(order)
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        outcomes = []
-        for pickled in rows["unit"].to_pylist():
-            try:
-                outcome: UnitDone | UnitFailed | AsvrError = self._worker.tokenize(pickle.loads(pickled))  # noqa: S301
-            except AsvrError as error:
-                outcome = error
-            outcomes.append(pickle.dumps(outcome))
-        return pa.table({"outcome": pa.array(outcomes, pa.binary())})
+KNOCK_SECONDS = 10.0
+"""How long a cluster may take to accept a connection."""
 
 
 def run_on_ray(
-    order: WorkOrder, units: Sequence[Unit], config: RayConfig
+    order: WorkOrder, units: Sequence[Unit], config: RayConfig, on_running: OnRunning
 ) -> Generator[UnitDone | UnitFailed, None, None]:
     """The outcomes of the units as they finish.
 
-    Raises `EnvironmentProblem` when there is no Ray or cluster, or the cluster cannot hold one worker, and when
-    workers keep dying on one unit. Ray is shut down afterwards if it was started here.
+    Raises `EnvironmentProblem` when there is no Ray or cluster, the cluster cannot hold one worker or is lost, and
+    when workers keep dying on one unit. Ray is shut down afterwards if it was started here.
     """
     with _connected(config.address):
-        import ray
-        from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+        from tokenize_stage.engines.ray_pool import WorkerPool
 
-        pool = plan_pool(config, [node["Resources"] for node in ray.nodes() if node["Alive"]], len(units))
-        _log.info("%d Ray workers with %g CPUs and %g GPUs each", pool.workers, pool.cpus, pool.gpus)
+        pool = WorkerPool(order, config, units)
         try:
-            for table in _outcome_tables(order, units, pool):
-                for pickled in table["outcome"].to_pylist():
-                    outcome = pickle.loads(pickled)  # noqa: S301 - written by our own actor a moment ago
-                    if isinstance(outcome, AsvrError):
-                        raise outcome
-                    yield outcome
-        except (NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError) as error:
+            yield from pool.outcomes(on_running)
+        except ConnectionError as error:  # of Ray Client
             raise EnvironmentProblem(
-                f"a Ray worker died {TASK_RETRIES + 1} times on one unit ({_first_line(error)}): "
-                "give it more memory or a smaller batch_size, and look into the logs of Ray"
+                f"the Ray cluster at {config.address} is lost ({first_line(error)}): what is committed is kept; run the "
+                "same command again when the cluster is back"
             ) from error
-
-
-def plan_pool(config: RayConfig, nodes: Sequence[Mapping[str, float]], units: int) -> Pool:
-    """The actor pool for a cluster whose nodes have these resources (`CPU`, `GPU`); pure.
-
-    Raises `EnvironmentProblem` when no node has room for a worker: Ray would wait for ever.
-    """
-    cpus = config.cpus_per_worker
-    cluster_gpus = sum(node.get("GPU", 0) for node in nodes)
-    gpus = config.gpus_per_worker if config.gpus_per_worker is not None else min(1.0, cluster_gpus)
-    room = [_workers_on(node, cpus, gpus) for node in nodes]
-    if not any(room):
-        found = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes) or "none"
-        raise EnvironmentProblem(
-            f"no node of the Ray cluster has room for a worker with {cpus:g} CPUs and {gpus:g} GPUs "
-            f"(nodes: {found}): lower ray.cpus_per_worker or ray.gpus_per_worker, or add a node"
-        )
-    default = sum(room) if gpus else sum(1 for workers in room if workers)
-    workers = config.num_workers or default
-    if workers > sum(room):
-        _log.warning("the Ray cluster has room for %d of %d workers", sum(room), workers)
-    return Pool(max(1, min(workers, sum(room), units)), cpus, gpus)
-
-
-def _workers_on(node: Mapping[str, float], cpus: float, gpus: float) -> int:
-    by_cpu = math.floor(node.get("CPU", 0) / cpus)
-    return min(by_cpu, math.floor(node.get("GPU", 0) / gpus)) if gpus else by_cpu
-
-
-def _outcome_tables(order: WorkOrder, units: Sequence[Unit], pool: Pool) -> Iterator[pa.Table]:
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    rows = ray.data.from_items([{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units))
-    with warnings.catch_warnings():
-        # Deprecated since Ray 2.60, but the one way to bound the retries of a unit that kills its worker.
-        warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
-        outcomes = rows.map_batches(
-            UnitActor,
-            fn_constructor_args=(order,),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.workers, initial_size=pool.workers),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
-            ray_remote_args_fn=_actor_options,
-        )
-    yield from outcomes.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-
-
-def _actor_options() -> dict[str, Any]:
-    return {"max_task_retries": TASK_RETRIES}
+        finally:
+            pool.close()
 
 
 @contextlib.contextmanager
@@ -160,24 +68,15 @@ def _connected(address: str) -> Iterator[None]:
         os.environ.setdefault(name, value)
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise EnvironmentProblem(f"engine: ray needs Ray ({error}): pip install 'asvr[tokenize]'") from error
 
     if ray.is_initialized():
         yield
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            if address != "auto":
-                raise EnvironmentProblem(
-                    f"no Ray cluster answers at {address} ({_first_line(error)}): correct ray.address, or use local"
-                ) from error
-            ray.init(address="local", **quiet)
+        _connect(address)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # ray.init put its own handler there, which exits at once
         yield
@@ -185,5 +84,67 @@ def _connected(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _connect(address: str) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    where = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    named = where not in ("", "auto", "local")
+    try:
+        if named:
+            _knock(where)
+        if where.startswith(_CLIENT):
+            _need_client(where)
+            _connect_client(where, quiet)
+        else:
+            ray.init(address=address, include_dashboard=False, **quiet)
+    except (OSError, AuthenticationError) as error:  # ConnectionError is an OSError
+        if not named:  # nobody named a cluster, and the one that ran here last is gone
+            ray.init(address="local", include_dashboard=False, **quiet)
+            return
+        raise EnvironmentProblem(
+            f"no Ray cluster lets us in at {where} ({first_line(error)}): correct "
+            f"{'RAY_ADDRESS' if address == 'auto' else 'ray.address'}; if it asks for a token, set RAY_AUTH_MODE=token"
+        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith("Version mismatch"):
+            raise
+        raise EnvironmentProblem(
+            f"the Ray cluster at {where or 'this machine'} is another version ({' '.join(str(error).split())}): "
+            "install the same Ray and Python here and there"
+        ) from error
+
+
+def _connect_client(where: str, quiet: dict[str, Any]) -> None:
+    """Ray's server forks a process for each client, which now and then dies at once (2 of 40, Ray 2.60): try again."""
+    import ray
+
+    for attempt in range(CLIENT_ATTEMPTS):
+        try:
+            ray.init(address=where, **quiet)
+            break
+        except ConnectionError as error:
+            if _DIED not in str(error) or attempt + 1 == CLIENT_ATTEMPTS:
+                raise
+
+
+def _need_client(address: str) -> None:
+    if importlib.util.find_spec("grpc") is None:
+        raise EnvironmentProblem(
+            f"ray.address {address} needs Ray Client: pip install 'ray[client]', or run the job on the cluster itself "
+            "with ray job submit and ray.address: auto"
+        )
+
+
+def _knock(where: str) -> None:
+    """Raise `OSError` if nobody listens at an address: Ray itself would try for ten minutes."""
+    host, _, port = where.removeprefix(_CLIENT).rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for a sentence; the last one where the first only announces it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[-1 if lines[0].endswith(":") else 0].strip()[:200]

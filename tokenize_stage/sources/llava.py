@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 
 from manifests.errors import InputError
-from manifests.records import BadRecord, image_id_of, read_records
-from manifests.rejects import Reject
+from manifests.images import ImageSource
+from manifests.records import BadRecord, read_records
 from manifests.schema import SourceIdentity
 from tokenize_stage.config import LlavaSource
-from tokenize_stage.sources.inventory import Inventory, build_table, identity_of, is_text
+from tokenize_stage.sources.inventory import Inventory
+from tokenize_stage.sources.references import open_root, referenced
 
 
 def llava_inventory(config: LlavaSource) -> Inventory:
     """Each distinct image of `config.path`, with the row of the record that names it first.
 
-    Malformed records are source errors. A reference that can never be an image id (it leaves the root) keeps its
-    own text as id and becomes a reject when it is read, so that it is counted. Raises `InputError` when a path is
-    absent or no record has an image.
+    Malformed records are source errors. Raises `InputError` when a path is absent or no record has an image.
     """
-    if not config.image_root.is_dir():
-        raise InputError(f"the image folder {config.image_root} does not exist: correct source.image_root")
-    first_row: dict[str, int] = {}
+    root = open_root(config.image_root, "source.image_root")
     errors: list[BadRecord] = []
-    for record in read_records(config.path):
+    table = referenced(_references(config.path, errors), root, errors)
+    if not table.num_rows:
+        raise InputError(f"no record of {config.path} has an image ({len(errors)} malformed): correct source.path")
+    identity = SourceIdentity(kind="llava", location=config.path, settings={"image_root": root.location})
+    return Inventory(table, errors, ImageSource(root.location), identity)
+
+
+def _references(path: str, errors: list[BadRecord]) -> Iterator[tuple[str, int]]:
+    for record in read_records(path):
         if isinstance(record, BadRecord):
             errors.append(record)
-            continue
-        for reference in record.images:
-            image_id = _id_or_reference(reference)
-            if is_text(image_id):
-                first_row.setdefault(image_id, record.row)
-            else:
-                errors.append(BadRecord(record.row, f"the image reference {image_id!r} is not text that can be stored"))
-    if not first_row:
-        raise InputError(f"no record of {config.path} has an image ({len(errors)} malformed): correct source.path")
-    prefix = f"{config.image_root}{os.sep}"
-    rows = ((image_id, *identity_of(prefix + image_id), row) for image_id, row in first_row.items())
-    identity = SourceIdentity(kind="llava", location=str(config.path), settings={"image_root": str(config.image_root)})
-    return Inventory(build_table(rows), errors, config.image_root, identity)
-
-
-def _id_or_reference(reference: str) -> str:
-    try:
-        return image_id_of(reference)
-    except Reject:
-        return reference
+        else:
+            yield from ((image, record.row) for image in record.images)

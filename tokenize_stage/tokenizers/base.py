@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from tokenize_stage.tokenizers.residual import Encoder
+
 
 class Tokenizer(Protocol):
     """A frozen tokenizer on one device: uint8 views in, codes (or, where its spec is of features, features) out."""
@@ -25,6 +27,11 @@ class Tokenizer(Protocol):
     @property
     def fallbacks(self) -> int:
         """Residual rows, summed over depths, that the fast search handed to the slow exact one so far."""
+        ...
+
+    @property
+    def encoder(self) -> Encoder:
+        """What gives the features that are quantised, or stored."""
         ...
 
     def encode(self, views_BSSC: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,10 @@ class ContinuousTokenizer:
         return self._spec
 
     @property
+    def encoder(self) -> Encoder:
+        return self._encoder
+
+    @property
     def fallbacks(self) -> int:
         """None: nothing is searched."""
         return 0

@@ -27,6 +27,10 @@ class ProductTokenizer:
         return self._spec
 
     @property
+    def encoder(self) -> Encoder:
+        return self._encoder
+
+    @property
     def fallbacks(self) -> int:
         return sum(search.fallback_rows for search in self._searches)
 

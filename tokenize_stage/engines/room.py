@@ -1,0 +1,92 @@
+"""How many workers of what size a Ray cluster has room for. Pure; knows nothing of Ray but how it names resources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from manifests.errors import EnvironmentProblem
+from tokenize_stage.config import RayConfig
+
+GIB = 1 << 30
+
+Nodes = Sequence[Mapping[str, float]]
+"""The resources of each live node: `CPU`, `GPU`, `memory` in bytes."""
+
+
+@dataclass(frozen=True)
+class WorkerSize:
+    """What a worker reserves; `memory` in bytes. `decode_cores`: cores that its Ray tasks need beside all workers."""
+
+    cpus: float
+    gpus: float
+    memory: int = 0
+    decode_cores: int = 0
+
+    def __str__(self) -> str:
+        memory = f", {self.memory / GIB:g} GiB of memory" if self.memory else ""
+        decode = f" and {self.decode_cores} core to decode" if self.decode_cores else ""
+        return f"{self.cpus:g} CPUs, {self.gpus:g} GPUs{memory}{decode}"
+
+
+def worker_size(config: RayConfig, nodes: Nodes) -> WorkerSize:
+    """The size of a worker; a GPU each, unless told otherwise, where the cluster has any."""
+    gpus = config.gpus_per_worker
+    if gpus is None:
+        gpus = min(1.0, sum(node.get("GPU", 0) for node in nodes))
+    memory = math.ceil((config.memory_per_worker or 0) * GIB)
+    return WorkerSize(config.cpus_per_worker, gpus, memory, 1 if config.decode == "cluster" else 0)
+
+
+def room_for(size: WorkerSize, nodes: Nodes) -> int:
+    """Workers for which there is room on all nodes together, with a core left to decode where workers need that."""
+    if not size.decode_cores:
+        return sum(_on_node(size, node) for node in nodes)
+    best = 0
+    for chosen, node in enumerate(nodes):  # the core that is left may be on any node: take the one that costs least
+        if node.get("CPU", 0) >= size.decode_cores:
+            left = {**node, "CPU": node["CPU"] - size.decode_cores}
+            best = max(best, sum(_on_node(size, left if n == chosen else other) for n, other in enumerate(nodes)))
+    return best
+
+
+def workers_wanted(config: RayConfig, size: WorkerSize, nodes: Nodes, units: int) -> int:
+    """How many workers there should be now, at most one a unit; 0 where no node has room for any.
+
+    A number that the configuration gives may be larger than what there is room for: Ray keeps the others waiting for
+    a node, which is how it asks an autoscaler for one. Only where workers without a GPU share their cores with decode
+    tasks, it may not, since they would take the last one of these.
+    """
+    room = room_for(size, nodes)
+    if room == 0:
+        return 0
+    if config.num_workers is None:
+        by_node = sum(1 for node in nodes if _on_node(size, node))
+        return min(room, units) if size.gpus else min(room, by_node, units)
+    waits = size.gpus or not size.decode_cores
+    return min(config.num_workers if waits else min(config.num_workers, room), units)
+
+
+def no_room(size: WorkerSize, nodes: Nodes) -> EnvironmentProblem:
+    """The error of a cluster on which nothing can run: Ray itself would wait for ever."""
+    found = "; ".join(_describe(node, size) for node in nodes) or "none"
+    return EnvironmentProblem(
+        f"no node of the Ray cluster has room for a worker with {size} (nodes: {found}): "
+        "ask for less in ray (cpus_per_worker, gpus_per_worker, memory_per_worker), add a node, "
+        "or set ray.wait_for_nodes where an autoscaler adds it"
+    )
+
+
+def _describe(node: Mapping[str, float], size: WorkerSize) -> str:
+    memory = f", {node.get('memory', 0) / GIB:.1f} GiB" if size.memory else ""
+    return f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs{memory}"
+
+
+def _on_node(size: WorkerSize, node: Mapping[str, float]) -> int:
+    by_resource = [math.floor(node.get("CPU", 0) / size.cpus)]
+    if size.gpus:
+        by_resource.append(math.floor(node.get("GPU", 0) / size.gpus))
+    if size.memory:
+        by_resource.append(math.floor(node.get("memory", 0) / size.memory))
+    return min(by_resource)
