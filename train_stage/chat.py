@@ -1,62 +1,32 @@
-"""Conversations as token ids with exact labels, in the two templates of LLaVA-1.5.
+"""Conversations as token ids with exact labels.
 
-A conversation becomes a list of pieces of text, each wholly supervised or wholly not, and each is tokenized by
-itself, so there is no border to search for afterwards (the "tokenization mismatch" of LLaVA's `train.py`).
-
-`plain`      `<image>caption\n`, the caption and the line feed supervised; what the human says is dropped.
-`vicuna_v1`  `SYSTEM USER: question ASSISTANT: answer</s>USER: ... ASSISTANT: ...</s>`; answers and the
-             end-of-sequence token after each are supervised. `</s>` stands for the tokenizer's own.
-
-Both as in haotian-liu/LLaVA `conversation.py` and `train.py` (`preprocess_plain`, `preprocess_v1`,
-`preprocess_multimodal`): an image named once in a turn moves to its front, on a line of its own.
-`chat_templates/*.jinja` say the same for `apply_chat_template`; a test holds them together.
+A conversation is a list of pieces of text, each wholly supervised or wholly not (`train_stage.templates`), and each
+is tokenized by itself, so there is no border to search for afterwards (the "tokenization mismatch" of LLaVA's
+`train.py`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from manifests.errors import InputError
+from manifests.messages import IMAGE
 from manifests.records import Turn
 from train_stage.config import TemplateName
+from train_stage.templates import BadSample, Piece, pieces, template_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IMAGE = "<image>"
-"""How records mark the place of an image, whatever the tokenizer's own image token is called."""
+__all__ = ["IMAGE", "BadSample", "ChatEncoder", "Encoded", "Piece"]
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-_ASSISTANT = "ASSISTANT:"
-_END = "</s>"
-"""Stands for the tokenizer's end-of-sequence token as the text before a piece."""
-
-
-class BadSample(Exception):
-    """A sample that cannot be trained on. `reason` is its class, the message says what is wrong with this one."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a conversation. `after` is the text before it that may change how its first token is cut."""
-
-    text: str
-    supervised: bool
-    after: str = ""
-    ends_turn: bool = False
+_LAST_WORD = re.compile(r"\S{0,64}\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -67,70 +37,11 @@ class Encoded:
     supervised: NDArray[np.bool_]
 
 
-def template_source(template: TemplateName, image_token: str = IMAGE) -> str:
-    """The Jinja chat template that renders the prompts of `template`, for `apply_chat_template` and for export."""
-    source = (Path(__file__).parent / "chat_templates" / f"{template}.jinja").read_text(encoding="utf-8")
-    return source.replace(IMAGE, image_token)
-
-
-def pieces(template: TemplateName, conversation: Sequence[Turn], images: int) -> list[Piece]:
-    """A record's `conversations` as pieces of text; `IMAGE` marks images, the end of a turn its eos token.
-
-    Raises BadSample: `conversation` when turns do not alternate between human and gpt, `image_count` when the
-    text does not mark as many images as the record names.
-    """
-    turns = _turns(conversation)
-    marked = sum(text.count(IMAGE) for _, text in turns)
-    if marked != images:
-        raise BadSample("image_count", f"the text marks {marked} images with {IMAGE}, but the record names {images}")
-    return _plain(turns) if template == "plain" else _vicuna(turns)
-
-
-def _turns(conversation: Sequence[Turn]) -> list[tuple[str, str]]:
-    """(speaker, text) of each turn, a leading gpt turn dropped as LLaVA does."""
-    turns = [(str(turn.get("from")), turn.get("value")) for turn in conversation]
-    if turns and turns[0][0] == "gpt":
-        turns = turns[1:]
-    if not turns or len(turns) % 2:
-        raise BadSample("conversation", "the turns are not pairs of human and gpt")
-    for position, (speaker, text) in enumerate(turns):
-        wanted = "gpt" if position % 2 else "human"
-        if speaker != wanted:
-            raise BadSample("conversation", f"turn {position + 1} is from {speaker!r} where {wanted!r} is due")
-        if not isinstance(text, str):
-            raise BadSample("conversation", f"turn {position + 1} has no text")
-        if position % 2 and IMAGE in text:
-            raise BadSample("conversation", f"turn {position + 1} is an answer and marks an image")
-    return [(speaker, str(text)) for speaker, text in turns]
-
-
-def _plain(turns: list[tuple[str, str]]) -> list[Piece]:
-    if len(turns) != 2:
-        raise BadSample(
-            "conversation",
-            "the plain template takes one question and one answer; longer conversations need template vicuna_v1",
-        )
-    images = IMAGE * turns[0][1].count(IMAGE)
-    return [Piece(images, False), Piece(turns[1][1] + "\n", True, after=IMAGE if images else "")]
-
-
-def _vicuna(turns: list[tuple[str, str]]) -> list[Piece]:
-    made = []
-    for position in range(0, len(turns), 2):
-        question, answer = turns[position][1], turns[position + 1][1]
-        if question.count(IMAGE) == 1:
-            question = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
-        question = f"USER: {question} {_ASSISTANT}"
-        made.append(Piece(question, False, after=_END) if position else Piece(f"{SYSTEM} {question}", False))
-        made.append(Piece(f" {answer}", True, after=_ASSISTANT, ends_turn=True))
-    return made
-
-
 class ChatEncoder:
-    """Turns pieces into token ids; one tokenizer call for many conversations, since that is 10 times faster.
+    """Turns conversations into token ids; one tokenizer call for many of them, since that is 10 times faster.
 
-    A piece is encoded together with the text it follows (`after`), whose ids are then taken off again: that gives
-    the very ids a whole prompt would have, with or without a dummy prefix (SentencePiece). Where the two grow
+    A piece is encoded together with the last word of the piece before it, whose ids are then taken off again: that
+    gives the very ids a whole prompt would have, with or without a dummy prefix (SentencePiece). Where the two grow
     together into one token, the piece is encoded alone. Only the first piece gets the tokenizer's
     beginning-of-sequence token, if it has the habit of adding one.
     """
@@ -142,17 +53,69 @@ class ChatEncoder:
         self.eos_token_id = int(tokenizer.eos_token_id)
         opening = list(tokenizer("")["input_ids"])
         self.prefix = opening[:1] if opening and opening[0] == tokenizer.bos_token_id else []
-        self._after = {IMAGE: image_token, _ASSISTANT: _ASSISTANT, _END: str(tokenizer.eos_token), "": ""}
-        self._after_ids = {mark: self._ids([text])[0] if text else [] for mark, text in self._after.items()}
+
+    def pieces(self, template: TemplateName, conversation: Sequence[Turn], images: int) -> list[Piece]:
+        """`templates.pieces` with this tokenizer's own template where `template` is `tokenizer`.
+
+        Raises BadSample as that does, and InputError when the tokenizer has no template of its own.
+        """
+        if template == "tokenizer" and not self.tokenizer.chat_template:
+            raise InputError(
+                "the tokenizer has no chat template of its own: set the phase's template to one of the shipped ones"
+            )
+        return pieces(template, conversation, images, self._render, str(self.tokenizer.eos_token))
+
+    def chat_template(self, template: TemplateName) -> str:
+        """The Jinja source that renders the prompts of `template`, with this tokenizer's image token."""
+        own = str(self.tokenizer.chat_template) if template == "tokenizer" else ""
+        return template_source(template, self.image_token) + own
+
+    def stop_tokens(self, template: TemplateName) -> list[int]:
+        """Ids that end an answer of `template`: the tokenizer's end token, and the template's own end of turn if it has one.
+
+        A template's own is the last added token of what it writes after an answer (`<|eot_id|>`, `<|im_end|>`). One that
+        the tokenizer does not know as a token is several, of which none ends anything.
+        """
+        talk: list[Turn] = [{"from": "human", "value": "question"}, {"from": "gpt", "value": "answer"}]
+        (encoded,) = self.encode([self.pieces(template, talk, 0)])
+        written = encoded.ids[encoded.supervised].tolist()
+        own = [token for token in written if token in self.tokenizer.added_tokens_decoder]
+        return list(dict.fromkeys([self.eos_token_id, *own[-1:]]))
 
     def encode(self, conversations: Sequence[Sequence[Piece]]) -> list[Encoded]:
         """Ids and supervision of each conversation, in order."""
-        texts = [self._text(piece) for conversation in conversations for piece in conversation]
+        befores = [self._before(conversation) for conversation in conversations]
+        texts = [
+            before + self._text(piece)
+            for conversation, own in zip(conversations, befores, strict=True)
+            for piece, before in zip(conversation, own, strict=True)
+        ]
+        distinct = sorted({before for own in befores for before in own})
+        context = dict(zip(distinct, self._ids(distinct), strict=True))
         found = iter(self._ids(texts))
-        return [self._join(conversation, [next(found) for _ in conversation]) for conversation in conversations]
+        return [
+            self._join(conversation, [context[before] for before in own], [next(found) for _ in conversation])
+            for conversation, own in zip(conversations, befores, strict=True)
+        ]
 
     def _text(self, piece: Piece) -> str:
-        return self._after[piece.after] + piece.text.replace(IMAGE, self.image_token)
+        return piece.text.replace(IMAGE, self.image_token)
+
+    def _before(self, conversation: Sequence[Piece]) -> list[str]:
+        """For each piece the text before it that may change how its first token is cut."""
+        befores = [""]
+        for piece in conversation[:-1]:
+            if piece.ends_turn:
+                befores.append(str(self.tokenizer.eos_token))
+            else:
+                end = _LAST_WORD.search(self._text(piece))
+                befores.append(end.group() if end else "")
+        return befores[: len(conversation)]
+
+    def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        # Where the tokenizer adds this token itself, `_join` does.
+        return text.removeprefix(str(self.tokenizer.bos_token)) if self.prefix else text
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -160,18 +123,17 @@ class ChatEncoder:
         found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return found
 
-    def _join(self, conversation: Sequence[Piece], encoded: list[list[int]]) -> Encoded:
+    def _join(
+        self, conversation: Sequence[Piece], contexts: Sequence[list[int]], encoded: Sequence[list[int]]
+    ) -> Encoded:
         ids, supervised = list(self.prefix), [False] * len(self.prefix)
-        for piece, with_context in zip(conversation, encoded, strict=True):
-            own = self._without_context(piece, with_context)
+        for piece, context, with_context in zip(conversation, contexts, encoded, strict=True):
+            if with_context[: len(context)] == context:
+                own = with_context[len(context) :]
+            else:
+                own = self._ids([self._text(piece)])[0]
             if piece.ends_turn:
                 own = [*own, self.eos_token_id]
             ids += own
             supervised += [piece.supervised] * len(own)
         return Encoded(np.array(ids, dtype=np.int32), np.array(supervised, dtype=np.bool_))
-
-    def _without_context(self, piece: Piece, with_context: list[int]) -> list[int]:
-        context = self._after_ids[piece.after]
-        if with_context[: len(context)] == context:
-            return with_context[len(context) :]
-        return self._ids([piece.text.replace(IMAGE, self.image_token)])[0]

@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,9 @@ from manifests.errors import InputError, TrainingStopped
 from manifests.fingerprint import differing_keys, digest
 from manifests.hashes import file_sha256
 from manifests.reader import open_manifest
+from manifests.redact import redact
 from train_stage.config import TrainConfig
+from train_stage.deepspeed_settings import that_decide
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +34,27 @@ MARKER = "COMPLETE.json"
 WEIGHTS = "weights.safetensors"
 """Everything trained so far, in this phase and those before it, named as `AsvrModel.named_parameters()` names it."""
 
+VERSIONED = ("asvr", "deepspeed", "numpy", "torch", "transformers")
+"""Packages whose versions a checkpoint records."""
+
 UNFINISHED = ".tmp"
 _STEP = re.compile(r"^step_(\d+)$")
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
-_FREE = {"name", "data", "manifests", "micro_batch_size", "max_bad_rate"}
+_FREE = {
+    "name",
+    "data",
+    "manifests",
+    "vision_features",
+    "input_codes",
+    "micro_batch_tokens",
+    "max_bad_rate",
+    "validation",
+}
 """Fields of a phase that may differ on resume: places, which are compared by content, and what changes no number."""
 
 _COMPARED_BY_CONTENT = {
     "data": "data: other records",
-    "manifests": "manifests: other codes",
+    "manifests": "manifests: other codes or features",
     "after": "after: the phase before it had other settings",
 }
 """How settings that stand there as hashes are said to differ."""
@@ -55,6 +69,7 @@ class Checkpoint:
     final: bool
     world: int
     settings: dict[str, Any]
+    versions: dict[str, str]
 
     @property
     def weights(self) -> Path:
@@ -78,30 +93,69 @@ def complete(folder: Path) -> list[Checkpoint]:
 def _read(path: Path) -> Checkpoint:
     try:
         marker = json.loads((path / MARKER).read_bytes())
-        return Checkpoint(path, marker["step"], marker["final"], marker["world_size"], marker["settings"])
+        return Checkpoint(
+            path, marker["step"], marker["final"], marker["world_size"], marker["settings"], marker["versions"]
+        )
     except (ValueError, KeyError) as error:
         raise TrainingStopped(
             f"{path / MARKER} is damaged: remove {path}, and the run goes on from before it"
         ) from error
 
 
-def settings_of(config: TrainConfig, phase_name: str) -> dict[str, Any]:
-    """What decides the numbers of a phase: its settings, the content of its inputs, and the phase before it."""
+def content_digest(path: str) -> str:
+    """What stands for the content of a manifest; unlike the manifest's own digest it leaves out who made it and when."""
+    opened = open_manifest(path)
+    return digest([opened.manifest.fingerprint, opened.manifest.index.sha256, [s.sha256 for s in opened.shards]])
+
+
+def settings_of(config: TrainConfig, phase_name: str, content: Callable[[str], str] = content_digest) -> dict[str, Any]:
+    """What decides the numbers of a phase: its settings, the content of its inputs, and the phase before it.
+
+    `content` stands for that of a manifest, for one who asks before the manifest is there.
+    """
     names = [phase.name for phase in config.phases]
     phase = config.phase(phase_name)
     position = names.index(phase_name)
-    model = config.model.model_dump(mode="json")
-    model["tokenizer"] = config.model.tokenizer or config.model.language_model
     return {
         "seed": config.seed,
         "precision": config.precision,
-        "deepspeed": config.deepspeed,
-        "model": {**model, **{part: _content(model[part]) for part in ("language_model", "tokenizer", "vision_tower")}},
-        "phase": phase.model_dump(mode="json", exclude=_FREE),
+        "deepspeed": that_decide(config.deepspeed),
+        "model": _model_settings(config),
+        "phase": _without_places(phase.model_dump(mode="json", exclude=_FREE)),
         "data": [_file_digest(data.path) for data in phase.data],
-        "manifests": [_codes_digest(path) for path in phase.manifests],
-        "after": digest(settings_of(config, names[position - 1])) if position else None,
+        "manifests": {name: [content(path) for path in group] for name, group in phase.all_manifests.items()},
+        "after": digest(settings_of(config, names[position - 1], content)) if position else _start_digest(config),
     }
+
+
+def start_of(config: TrainConfig) -> Checkpoint:
+    """The end of the phase that `init_from` names; InputError unless it is there and was trained on the same model."""
+    folder = Path(str(config.init_from))
+    last = newest(folder)
+    if last is None or not last.final:
+        raise InputError(
+            f"init_from is {folder}, where no phase has come to its end: give RUN/PHASE of a run that is finished"
+        )
+    differing = differing_keys({"model": last.settings["model"]}, {"model": _model_settings(config)})
+    if differing:
+        raise InputError(
+            f"init_from is {folder}, which was trained on another model ({'; '.join(differing[:4])}): give this run its model"
+        )
+    return last
+
+
+def _start_digest(config: TrainConfig) -> str | None:
+    if config.init_from is None:
+        return None
+    start = start_of(config)
+    return digest([start.settings, start.step])
+
+
+def _model_settings(config: TrainConfig) -> dict[str, Any]:
+    model = config.model.model_dump(mode="json", exclude={"llava"} if config.model.llava is None else None)
+    model["tokenizer"] = config.model.tokenizer or config.model.language_model
+    parts = [part for part in ("language_model", "tokenizer", "vision_tower", "llava") if part in model]
+    return {**model, **{part: _content(model[part]) for part in parts}}
 
 
 def _file_digest(path: str) -> str:
@@ -110,10 +164,12 @@ def _file_digest(path: str) -> str:
     return file_sha256(Path(path))
 
 
-def _codes_digest(path: str) -> str:
-    """What stands for the codes of a manifest; unlike the manifest's own digest it leaves out who made it and when."""
-    opened = open_manifest(path)
-    return digest([opened.manifest.fingerprint, opened.manifest.index.sha256, [s.sha256 for s in opened.shards]])
+def _without_places(phase: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a phase without the places of its terms' manifests, which are compared by content."""
+    objective = phase["objective"]
+    for term in objective if isinstance(objective, list) else [objective]:
+        term.pop("manifests", None)
+    return phase
 
 
 def _content(location: str) -> str:
@@ -137,7 +193,7 @@ def is_finished(config: TrainConfig) -> bool:
     )
 
 
-def check_fits(checkpoint: Checkpoint, settings: dict[str, Any], world: int) -> None:
+def check_fits(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     """Raise TrainingStopped unless going on from `checkpoint` gives what an uninterrupted run would have given."""
     differing = differing_keys(checkpoint.settings, settings)
     if differing:
@@ -146,10 +202,16 @@ def check_fits(checkpoint: Checkpoint, settings: dict[str, Any], world: int) -> 
             f"{checkpoint.path} was made with other settings ({'; '.join(list(said)[:6])}): restore them, "
             f"choose another output, or remove {checkpoint.path.parent}"
         )
-    if not checkpoint.final and checkpoint.world != world:
-        raise TrainingStopped(
-            f"{checkpoint.path} was written by {checkpoint.world} rank(s) and there are {world} now, which is not "
-            f"supported yet: start {checkpoint.world} (asvr train --nproc)"
+
+
+def name_other_versions(checkpoint: Checkpoint) -> None:
+    """Warn where other packages go on with `checkpoint`. No error: whoever updates cannot always go back."""
+    differing = differing_keys(checkpoint.versions, _versions(VERSIONED))
+    if differing:
+        log.warning(
+            "%s was made with other packages (%s): numbers may differ from those of a run that was not interrupted",
+            checkpoint.path,
+            "; ".join(differing),
         )
 
 
@@ -178,8 +240,8 @@ def commit(
         "final": final,
         "world_size": world,
         "settings": settings,
-        "config": config.model_dump(mode="json"),
-        "versions": _versions(["asvr", "deepspeed", "numpy", "torch", "transformers"]),
+        "config": redact(config.model_dump(mode="json")),
+        "versions": _versions(VERSIONED),
     }
     with storage_errors("write", unfinished):
         for written in unfinished.rglob("*"):

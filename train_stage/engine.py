@@ -1,4 +1,4 @@
-"""DeepSpeed, and the only file that imports it.
+"""The model in DeepSpeed's hands.
 
 Gradients are summed, not averaged by DeepSpeed's idea of a batch: the caller hands in losses that already carry
 their share of the whole step, so neither the number of micro-batches nor of ranks changes a step.
@@ -7,97 +7,67 @@ their share of the whole step, so neither the number of micro-batches nor of ran
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import io
-import logging
 import math
-import os
 import shutil
+import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from manifests.atomic import make_folder, storage_errors
-from manifests.errors import EnvironmentProblem, RecipeError, StorageError
-from train_stage.config import ResolvedPhase, TrainConfig
+from manifests.errors import StorageError, TrainingStopped
+from train_stage.config import Part, ResolvedPhase, TrainConfig
+from train_stage.deepspeed_process import load_communication_op, quiet
+from train_stage.deepspeed_settings import stage_of
+from train_stage.lora import Stored, stored_parameters
+from train_stage.model import AsvrModel, image_newline
+from train_stage.monitors import MONITORS, refused_setting
+from train_stage.parts import part_parameters
 from train_stage.ranks import Ranks
 from train_stage.tensor_files import damage_named, tensor_storage_errors
 
 _TAG = "deepspeed"
 """The folder of a checkpoint that is DeepSpeed's own."""
 
+_UNIVERSAL = "universal"
+"""The folder of a checkpoint in DeepSpeed's form for any number of ranks, made when it is needed."""
+
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Of AdamW, as LLaVA-1.5 (the Hugging Face defaults)."""
 
 
-def prepare_environment() -> None:
-    """Settings that DeepSpeed reads when it is imported. Call before anything else of this file.
+def deepspeed_settings(
+    config: TrainConfig, phase: ResolvedPhase, world: int, *, universal: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: what this stage decides, and the user's `deepspeed` over it.
 
-    On a machine without a GPU DeepSpeed compiles a communication op, once per `TORCH_EXTENSIONS_DIR`; without the
-    tools for that it is an EnvironmentProblem. A virtual environment keeps its own copy and uses its own ninja: two
-    environments that share a copy, or two versions of ninja, compile it over and over again.
+    `universal` says that the checkpoint to be loaded was written by another number of ranks.
     """
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 announces to drop.
-    warnings.filterwarnings("ignore", message="`torch.distributed.", category=FutureWarning)
-    if torch.cuda.is_available():
-        return
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    beside_python = str(Path(sys.executable).parent)
-    if shutil.which("ninja", path=beside_python):
-        os.environ["PATH"] = f"{beside_python}{os.pathsep}{os.environ.get('PATH', '')}"
-    for program, package in (("ninja", "ninja"), (os.environ.get("CXX", "g++"), "g++")):
-        if shutil.which(program) is None:
-            raise EnvironmentProblem(
-                f"{program} is not on PATH, and without a GPU DeepSpeed compiles its communication op with it: "
-                f"install {package} (e.g. apt-get install {'ninja-build' if package == 'ninja' else package})"
-            )
-
-
-def load_communication_op() -> None:
-    """Load DeepSpeed's CPU communication op, compiled first if it has to be; nothing to do where there is a GPU.
-
-    torch guards the compilation with a lock file that a killed process leaves behind, and on which everybody after it
-    would wait for ever. Here a lock of the kernel stands before it: who holds that one knows the file to be a leftover.
-    """
-    if torch.cuda.is_available():
-        return
-    with _quiet():
-        from deepspeed.accelerator import get_accelerator
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    with storage_errors("write", folder):
-        make_folder(folder)
-        with (folder / ".asvr-lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / builder.name / "lock").unlink(missing_ok=True)
-            with _quiet():
-                builder.load(verbose=False)
-
-
-def deepspeed_settings(config: TrainConfig, phase: ResolvedPhase, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: what this stage decides, and the user's `deepspeed` over it."""
     half = config.precision == "bfloat16"
     derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": phase.micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": phase.micro_batch_size * world,
+        "train_batch_size": world,
         # `step()` ends a step, after as many backward passes as the step has micro-batches.
         "managed_gradient_accumulation": False,
         "gradient_clipping": phase.clip,
         "bf16": {"enabled": half, "check_grad_overflow": True},
         "zero_optimization": {"stage": 1},
+        # Where the optimizer is offloaded it is still our own AdamW, fused on the CPU too.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,
     }
+    if universal:
+        derived["checkpoint"] = {"load_universal": True}
     if half:
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(derived, config.deepspeed)
+    # Its monitors are ours to feed (`Monitors`): by itself it would write the loss of a micro-batch against samples.
+    return _merge(derived, {key: value for key, value in config.deepspeed.items() if key not in MONITORS})
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -108,40 +78,64 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters, matrices with weight decay and vectors (biases, norms) without."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def parameter_groups(model: AsvrModel, phase: ResolvedPhase) -> list[dict[str, Any]]:
+    """The trainable parameters by learning rate and weight decay, in the order of the model.
+
+    `lr` is the peak of the parameter's part. Matrices have the phase's weight decay, vectors (biases, norms) none.
+    """
+    rates: dict[int, float] = {}
+    for part, parameters in part_parameters(model).items():
+        rate = phase.part_lr.get(cast("Part", part), phase.lr)
+        rates |= {id(parameter): rate for parameter in parameters}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = phase.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((rates[id(parameter)], decay), []).append(parameter)
+    return [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
 
 
 class Engine:
-    """A model on its device under ZeRO, with AdamW. Losses go in with `backward`, one `step` ends a step."""
+    """A model on its device under ZeRO, with AdamW. Losses go in with `backward`, one `step` ends a step.
 
-    def __init__(self, model: nn.Module, config: TrainConfig, phase: ResolvedPhase, ranks: Ranks) -> None:
+    `written_by` is the number of ranks that wrote the checkpoint to be loaded, if one is.
+    """
+
+    def __init__(
+        self,
+        model: AsvrModel,
+        config: TrainConfig,
+        phase: ResolvedPhase,
+        ranks: Ranks,
+        *,
+        written_by: int | None = None,
+    ) -> None:
+        self._universal = written_by not in (None, ranks.world)
         load_communication_op()
-        with _quiet():
+        with quiet():
             import deepspeed
 
-            optimizer = torch.optim.AdamW(
-                parameter_groups(model, phase.weight_decay),
-                lr=phase.lr,
-                betas=BETAS,
-                eps=EPSILON,
-                fused=ranks.device.type == "cuda",
-            )
+            groups = parameter_groups(model, phase)
+            self._rates = [group["lr"] / phase.lr for group in groups]
+            self._decays = [group["weight_decay"] for group in groups]
+            optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, fused=True)
+            # ZeRO-3 gathers weights when a module is called, which is collective: every rank must call the same modules
+            # equally often. But the heads and the output layer work in chunks, as many as the rank's samples need. So
+            # each head is gathered whole, once a micro-batch, and the output layer's weight with the model's own.
+            self._stage = stage_of(config.deepspeed)
+            if self._stage == 3:
+                for term in model.terms.values():
+                    deepspeed.utils.set_z3_leaf_module(term, True)
             deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
             try:
-                self._engine, *_ = deepspeed.initialize(
-                    model=model, optimizer=optimizer, config=deepspeed_settings(config, phase, ranks.world)
-                )
+                settings = deepspeed_settings(config, phase, ranks.world, universal=self._universal)
+                self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
             except ValidationError as error:
-                first = error.errors()[0]
-                key = ".".join(str(part) for part in first["loc"])
-                raise RecipeError(f"DeepSpeed refuses {key} of its settings ({error.title}): {first['msg']}") from error
+                raise refused_setting(error) from error
+            if self._stage == 3:
+                newline = image_newline(model.llava)
+                for parameter in (*model.llava.lm_head.parameters(), *([] if newline is None else [newline])):
+                    deepspeed.zero.register_external_parameter(model, parameter)
         # It would put a script for its own files into every checkpoint, beside weights that need none.
         self._engine._copy_recovery_script = lambda _folder: None
         self.ranks = ranks
@@ -164,12 +158,37 @@ class Engine:
         self._engine.backward(loss * self.ranks.world, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """Clip and update; the global gradient norm before clipping. A norm that is not finite updates nothing."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        """Clip and update; the global gradient norm before clipping. A norm that is not finite updates nothing.
+
+        `learning_rate` is that of the phase; a part with a rate of its own keeps its proportion to it.
+        """
+        for group, rate in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = learning_rate * rate
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
+
+    def weights(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The named parameters, whole and on the CPU, on rank 0; nothing on the others. Collective.
+
+        Names and values are those of a model without adapters: what an adapter learned is in the layer's own weight.
+        """
+        found: dict[str, Tensor] = {}
+        for name, stored in stored_parameters(self.model):
+            if name in names:
+                with self._whole(stored):
+                    if self.ranks.rank == 0:
+                        found[name] = stored.value().to("cpu", copy=True).contiguous()
+        return found
+
+    def _whole(self, stored: Stored) -> contextlib.AbstractContextManager[None]:
+        """ZeRO-3 cuts parameters into one piece a rank: put one together. One at a time, so that little is held."""
+        if self._stage < 3:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        gathered: contextlib.AbstractContextManager[None] = deepspeed.zero.GatheredParameters(stored.parts)
+        return gathered
 
     def close(self) -> None:
         """Let go of the model and of DeepSpeed's buffers."""
@@ -182,20 +201,66 @@ class Engine:
         """
         with self.ranks.together(), storage_errors("write", folder):
             make_folder(folder / _TAG)
-        with _quiet(), _put_off(self._engine.checkpoint_engine) as refused:
+        with quiet(), _put_off(self._engine.checkpoint_engine) as refused:
             self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         self.ranks.share_error(refused[0] if refused else None)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote below `folder`, written by as many ranks as there are now. Collective.
+        """Go on from what `save` wrote below `folder`. Collective.
 
-        TrainingStopped when it is damaged.
+        What another number of ranks wrote is brought into DeepSpeed's universal form first (another 12 bytes a trained
+        parameter on disk, kept for the next time). TrainingStopped when it is damaged.
         """
-        with _quiet(), damage_named(folder):
+        if self._universal:
+            with self.ranks.together():
+                if self.ranks.rank == 0:
+                    make_universal(folder)
+        tag = _UNIVERSAL if self._universal else _TAG
+        with quiet(), damage_named(folder):
             # Not strict: the frozen weights are not in there.
-            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+            path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
             if path is None:
                 raise FileNotFoundError("DeepSpeed finds nothing in it")
+        if self._universal and self._stage == 3:
+            self._take_apart()
+
+    def _take_apart(self) -> None:
+        """Undo what DeepSpeed 0.19 does wrong when ZeRO-3 loads a universal checkpoint with several parameter groups.
+
+        It gives all groups one and the same `step` tensor, which every group then counts up, and the settings of the
+        first group to all.
+        """
+        optimizer = self._engine.optimizer.optimizer
+        for state in optimizer.state.values():
+            state["step"] = state["step"].clone()
+        for group, decay in zip(optimizer.param_groups, self._decays, strict=True):
+            group["weight_decay"] = decay
+
+
+def make_universal(folder: Path) -> None:
+    """Convert the DeepSpeed checkpoint below `folder` to its universal form, unless that is there already.
+
+    In a process of its own, because the converter starts others. Raises TrainingStopped with its last line of error
+    output, and StorageError.
+    """
+    made, draft = folder / _UNIVERSAL, folder / f"{_UNIVERSAL}.tmp"
+    if made.is_dir():
+        return
+    with storage_errors("write", folder):
+        shutil.rmtree(draft, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+        # It looks for a state that only Megatron writes.
+        options = ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
+        places = ["--input_folder", str(folder / _TAG), "--output_folder", str(draft)]
+        done = subprocess.run([*command, *options, *places], capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1][:300]
+            raise TrainingStopped(
+                f"DeepSpeed cannot convert {folder / _TAG} for another number of ranks ({reason}): resume with the "
+                "number that wrote it, or remove this checkpoint"
+            )
+        (folder / f"latest_{_UNIVERSAL}").unlink(missing_ok=True)
+        draft.rename(made)
 
 
 @contextlib.contextmanager
@@ -216,12 +281,3 @@ def _put_off(writer: Any) -> Iterator[list[StorageError]]:
         yield refused
     finally:
         del writer.save
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep DeepSpeed's notices off the console; its warnings of its own log level `error` still come through."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

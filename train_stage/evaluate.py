@@ -11,16 +11,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
 
 from manifests.decode import Reject, decode
 from manifests.errors import InputError
 
 log = logging.getLogger(__name__)
+
+Llava: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+Processor: TypeAlias = LlavaProcessor | LlavaNextProcessor
 
 Progress = Callable[[int, int], None]
 """Called with (questions answered, questions in all)."""
@@ -59,14 +70,14 @@ def accuracy(answers: Sequence[Answer]) -> float:
     return sum(answer.correct for answer in answers) / len(answers)
 
 
-def load_exported(folder: Path, *, device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_exported(folder: Path, *, device: str = "cpu") -> tuple[Llava, Processor]:
     """Model (in the dtype of its file) and processor of an exported folder, with Transformers alone.
 
     Raises:
         InputError: the folder holds no LLaVA that Transformers can read.
     """
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device).eval()
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
@@ -76,8 +87,8 @@ def load_exported(folder: Path, *, device: str = "cpu") -> tuple[LlavaForConditi
 
 @torch.inference_mode()
 def answer_questions(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Llava,
+    processor: Processor,
     questions: Sequence[Question],
     *,
     batch_size: int = 32,
@@ -86,6 +97,7 @@ def answer_questions(
 ) -> list[Answer]:
     """Greedy answers, in the order of `questions`; each question is its own conversation.
 
+    An answer ends with one of the tokens that `model.generation_config` names, or after `max_new_tokens`.
     Questions about one picture stand side by side, so that the tower sees it once a batch; prompts of unequal length
     are padded on the left. How questions fall into batches changes the answers by no more than rounding.
 
@@ -111,7 +123,7 @@ def answer_questions(
     return [Answer(question, texts[i]) for i, question in enumerate(questions)]
 
 
-def prompt(processor: LlavaProcessor, question: str) -> str:
+def prompt(processor: Processor, question: str) -> str:
     """The question about one picture as the processor's chat template puts it, up to where the answer begins."""
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     text: str = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
@@ -129,8 +141,8 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def _inputs(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Llava,
+    processor: Processor,
     prompts: list[str],
     images: list[Path],
     pictures: list[Image.Image],
@@ -148,24 +160,23 @@ def _inputs(
         return_tensors="pt",
     ).to(model.device, model.dtype)
     distinct = list(dict.fromkeys(images))
-    pixels = inputs["pixel_values"][[images.index(image) for image in distinct]]
-    features_VPH = torch.stack(list(model.get_image_features(pixels).pooler_output))
-    features_BPH = features_VPH[[distinct.index(image) for image in images]]
+    # `pixel_values`, and for a LLaVA-NeXT `image_sizes`, of each distinct picture
+    first = [images.index(image) for image in distinct]
+    pictures_only = {name: inputs[name][first] for name in processor.image_processor.model_input_names}
+    features = model.get_image_features(**pictures_only).pooler_output
+    features_NH = torch.cat([features[distinct.index(image)] for image in images])
     embeds_BLH = model.get_input_embeddings()(inputs["input_ids"])
     at_image = (inputs["input_ids"] == model.config.image_token_id).unsqueeze(-1)
-    embeds_BLH = embeds_BLH.masked_scatter(at_image, features_BPH.to(embeds_BLH.dtype))
+    embeds_BLH = embeds_BLH.masked_scatter(at_image, features_NH.to(embeds_BLH.dtype))
     return {"inputs_embeds": embeds_BLH, "attention_mask": inputs["attention_mask"]}
 
 
-def _generate(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, inputs: dict[str, Tensor], max_new_tokens: int
-) -> list[str]:
+def _generate(model: Llava, processor: Processor, inputs: dict[str, Tensor], max_new_tokens: int) -> list[str]:
     tokenizer = processor.tokenizer
     new_tokens = model.generate(
         **inputs,
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     decoded = tokenizer.batch_decode(new_tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,15 +1,17 @@
-"""The micro-batches of each step, made in threads while the step before them runs."""
+"""The micro-batches of each step; their samples are made in threads while the step before them runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from manifests.errors import AsvrError
 from train_stage.batch import Batch
-from train_stage.plan import Indices, Plan
+from train_stage.collate import Collator, Document
+from train_stage.packing import FixedRows, Packing
+from train_stage.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Collected:
 
 def collect_steps(
     plan: Plan,
-    lengths: Indices,
-    collate: Callable[[Indices], Batch],
+    packing: Packing | FixedRows,
+    collator: Collator,
     *,
     first_step: int,
     rank: int,
@@ -38,27 +40,28 @@ def collect_steps(
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="collate") as pool:
 
-        def submit(step: int) -> list[Future[Batch]]:
+        def submit(step: int) -> list[list[Future[Document]]]:
             if step > plan.steps:
                 return []
-            return [pool.submit(collate, indices) for indices in plan.micro_batches(step, lengths, rank, world)]
+            rows = packing.rows(plan.step_samples(step), rank, world)
+            return [[pool.submit(collator.document, index) for index in row.tolist()] for row in rows]
 
         try:
             ahead = submit(first_step)
             for step in range(first_step, plan.steps + 1):
                 current, ahead = ahead, submit(step + 1)
-                yield _wait(step, current)
+                yield _wait(step, current, collator)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _wait(step: int, futures: list[Future[Batch]]) -> Collected:
+def _wait(step: int, rows: list[list[Future[Document]]], collator: Collator) -> Collected:
     started = time.monotonic()
     batches: list[Batch] = []
     error: AsvrError | None = None
-    for future in futures:
+    for row in rows:
         try:
-            batches.append(future.result())
+            batches.append(collator.join([future.result() for future in row]))
         except AsvrError as failure:
             error = error or failure
     return Collected(step, batches, error, time.monotonic() - started)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from manifests.errors import TrainingStopped
-from train_stage.batch import Batch, count_text_targets
+from train_stage.batch import Batch, count_pairs, count_text_targets
 from train_stage.collate import is_fill
 from train_stage.engine import Engine
 from train_stage.loader import Collected
 from train_stage.losses import LossSums
-from train_stage.metrics import StepMetrics
+from train_stage.metrics import StepMetrics, TermMetrics, peak_memory
+from train_stage.objectives import Objective
+from train_stage.ranks import Ranks
 
 _NAMED_SAMPLES = 16
 
@@ -47,8 +49,7 @@ class Totals:
     """A step's losses and counts, summed over its micro-batches and over all ranks."""
 
     text_loss: float
-    visual_loss_depth: list[float]
-    visual_accuracy_depth: list[float]
+    terms: dict[str, TermMetrics]
     visual_loss: float | None
     loss: float
 
@@ -56,34 +57,43 @@ class Totals:
 def train_step(
     engine: Engine,
     collected: Collected,
-    count_visual_targets: Callable[[Batch], int],
-    visual_weight: float,
+    terms: Mapping[str, Objective],
     learning_rate: float,
     seed: int,
     epoch: int,
+    *,
+    average_micro_batches: bool = False,
 ) -> StepMetrics:
     """One optimizer step over the micro-batches of all ranks. Collective.
 
     Every loss is a sum divided by the step's targets over all ranks, so how the samples are spread over micro-batches
     and ranks changes nothing. Raises TrainingStopped, before anything is updated, if a loss or the gradient is not
-    finite; and the error of a rank that could not make its micro-batches.
+    finite; and the error of a rank that could not make its micro-batches. `average_micro_batches`: each loss is the
+    mean over micro-batches of their own means instead, see `reference_parity`.
     """
     started = time.monotonic()
     ranks, step = engine.ranks, collected.step
-    batches = [batch.to(ranks.device) for batch in collected.batches]
+    batches = [replace(batch.to(ranks.device), draw_seed=draw_seed(seed, step)) for batch in collected.batches]
 
-    failed, text_tokens, visual_positions, samples, tokens = map(
+    real = [batch for batch in batches if not is_fill(batch)]
+    failed, text_tokens, samples, tokens, pairs, views, slots, micro_batches, *counts = map(
         int,
         ranks.sum(
             [
                 collected.error is not None,
                 sum(count_text_targets(batch) for batch in batches),
-                sum(count_visual_targets(batch) for batch in batches),
-                sum(len(batch.sample_ids) for batch in batches if not is_fill(batch)),
-                sum(int(batch.attention_mask.sum()) for batch in batches if not is_fill(batch)),
+                sum(len(batch.sample_ids) for batch in real),
+                sum(batch.input_ids.numel() for batch in real),
+                sum(count_pairs(batch) for batch in real),
+                sum(len(batch.views) for batch in real if batch.has_images),
+                sum(batch.input_ids.numel() for batch in batches),
+                len(real),
+                *(sum(term.count_targets(batch) for batch in batches) for term in terms.values()),
             ]
         ),
     )
+    targets = dict(zip(terms, counts, strict=True))
+    weights = {name: term.weight for name, term in terms.items()}
     if failed:
         ranks.share_error(collected.error)
 
@@ -91,10 +101,12 @@ def train_step(
     for index, batch in enumerate(batches):
         seed_dropout(seed, step, index * ranks.world + ranks.rank)
         own = engine(batch)
-        engine.backward(own.total(text_tokens, visual_positions, visual_weight))
-        sums.append(detached(own))
+        if average_micro_batches:
+            own = own.as_means(text_tokens, targets, micro_batches)
+        engine.backward(own.total(text_tokens, targets, weights))
+        sums.append(own.detached())
 
-    totals = reduce_sums(engine, sums, text_tokens, visual_positions, visual_weight)
+    totals = reduce_sums(ranks, sums, text_tokens, targets, weights)
     if not math.isfinite(totals.loss):
         bad = [batch for batch, own in zip(batches, sums, strict=True) if not is_finite(own)]
         raise_not_finite(engine, step, f"the loss is {totals.loss}", bad)
@@ -109,56 +121,63 @@ def train_step(
         loss=totals.loss,
         text_loss=totals.text_loss,
         visual_loss=totals.visual_loss,
-        visual_loss_depth=totals.visual_loss_depth,
-        visual_accuracy_depth=totals.visual_accuracy_depth,
+        objectives=totals.terms,
         grad_norm=grad_norm,
         lr=learning_rate,
         samples=samples,
         tokens=tokens,
         text_tokens=text_tokens,
-        visual_positions=visual_positions,
+        pairs=pairs,
+        views=views,
+        padding=1 - tokens / slots,
+        memory=int(ranks.most(peak_memory(ranks.device))),
         seconds=seconds,
         data_wait=collected.wait_seconds / seconds,
     )
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
-    """Start the random numbers of a micro-batch anew, so that they depend on neither rank nor history."""
+    """Start the random numbers of a micro-batch anew, so that they do not depend on history."""
     hashed = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
     torch.manual_seed(int.from_bytes(hashed[:8], "little"))
 
 
-def detached(sums: LossSums) -> LossSums:
-    """The same numbers without the graph behind them."""
-    return sums._replace(text_loss_sum=sums.text_loss_sum.detach(), visual_loss_sum_D=sums.visual_loss_sum_D.detach())
+def draw_seed(seed: int, step: int) -> int:
+    """What the random draws of a step start from; each view adds its own key."""
+    return int.from_bytes(hashlib.sha256(f"draw {seed} {step}".encode()).digest()[:8], "little")
 
 
 def reduce_sums(
-    engine: Engine, sums: list[LossSums], text_tokens: int, visual_positions: int, visual_weight: float
+    ranks: Ranks, sums: list[LossSums], text_tokens: int, targets: Mapping[str, int], weights: Mapping[str, float]
 ) -> Totals:
-    """A step's losses from the sums of this rank's micro-batches; adds up in float64. Collective."""
+    """The losses from the sums of this rank's micro-batches; adds up in float64. Collective."""
     per_batch: list[Tensor] = [
-        torch.cat([own.text_loss_sum.double()[None], own.visual_loss_sum_D.double(), own.visual_correct_D.double()])
+        torch.cat(
+            [
+                own.text_loss_sum.double()[None],
+                *(part.double() for term in own.terms.values() for part in (term.loss_sum_D, term.correct_D)),
+            ]
+        )
         for own in sums
     ]
-    text, *visual = engine.ranks.sum(torch.stack(per_batch).sum(dim=0).tolist())
-    depth = len(visual) // 2
-    positions = max(visual_positions, 1)
-    losses = [value / positions for value in visual[:depth]]
+    text, *rest = ranks.sum(torch.stack(per_batch).sum(dim=0).tolist())
+    values = iter(rest)
+    terms: dict[str, TermMetrics] = {}
+    for name, term in sums[0].terms.items():
+        count = max(targets[name], 1)
+        losses = [next(values) / count for _ in range(term.loss_sum_D.numel())]
+        accuracies = [next(values) / count for _ in range(term.correct_D.numel())]
+        terms[name] = TermMetrics(sum(losses) / len(losses), losses, accuracies, targets[name])
     text_loss = text / max(text_tokens, 1)
-    visual_loss = sum(losses) / depth if depth else None
-    return Totals(
-        text_loss=text_loss,
-        visual_loss_depth=losses,
-        visual_accuracy_depth=[value / positions for value in visual[depth:]],
-        visual_loss=visual_loss,
-        loss=text_loss + visual_weight * (visual_loss or 0.0),
-    )
+    visual_loss = sum(weights[name] * term.loss for name, term in terms.items()) if terms else None
+    return Totals(text_loss, terms, visual_loss, text_loss + (visual_loss or 0.0))
 
 
 def is_finite(sums: LossSums) -> bool:
     """Whether a micro-batch's losses are all finite."""
-    return bool(torch.isfinite(sums.text_loss_sum)) and bool(torch.isfinite(sums.visual_loss_sum_D).all())
+    return bool(torch.isfinite(sums.text_loss_sum)) and all(
+        bool(torch.isfinite(term.loss_sum_D).all()) for term in sums.terms.values()
+    )
 
 
 def raise_not_finite(engine: Engine, step: int, what: str, batches: list[Batch]) -> None:

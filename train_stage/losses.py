@@ -6,7 +6,7 @@ Logits are made for a chunk of positions at a time and made again in the backwar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,32 +20,60 @@ CHUNK = 1024
 """Positions whose logits are alive at once."""
 
 
+class TermSums(NamedTuple):
+    """What one micro-batch adds to one term of the visual loss.
+
+    loss_sum_D   float32 (D,): loss summed over `targets` targets, per depth (D = 1 for terms without depths)
+    correct_D    int64 (D,): targets whose most likely code is the true one, per depth; (0,) for terms that predict no codes
+    """
+
+    loss_sum_D: Tensor
+    targets: int
+    correct_D: Tensor
+
+
 class LossSums(NamedTuple):
     """What one micro-batch adds to the losses of a step.
 
-    text_loss_sum       float32 (): cross-entropy summed over `text_tokens` targets
-    visual_loss_sum_D   float32 (D,): cross-entropy summed over `visual_positions` targets, per depth
-    visual_correct_D    int64 (D,): targets whose most likely code is the true one, per depth
-    D is 0 when the objective has no visual loss.
+    text_loss_sum   float32 (): cross-entropy summed over `text_tokens` targets
+    terms           the sums of every term of the visual loss, by name
     """
 
     text_loss_sum: Tensor
     text_tokens: int
-    visual_loss_sum_D: Tensor
-    visual_positions: int
-    visual_correct_D: Tensor
+    terms: dict[str, TermSums]
 
-    def total(self, text_tokens: int, visual_positions: int, visual_weight: float) -> Tensor:
+    def total(self, text_tokens: int, targets: Mapping[str, int], weights: Mapping[str, float]) -> Tensor:
         """The micro-batch's share of the step's loss, given the targets of the whole step over all ranks.
 
-        loss = text_sum / text_tokens + visual_weight * mean over depths(visual_sum / visual_positions)
-        (arXiv 2506.09040, Eq. 3, whose weight is 1). Summed over micro-batches and ranks it is the step's loss.
+        loss = text_sum / text_tokens + sum over terms(weight * mean over depths(loss_sum / targets))
+        (arXiv 2506.09040, Eq. 3, has one term of weight 1). Summed over micro-batches and ranks it is the step's loss.
         """
         loss = self.text_loss_sum / max(text_tokens, 1)
-        depth = self.visual_loss_sum_D.numel()
-        if depth:
-            loss = loss + visual_weight * self.visual_loss_sum_D.sum() / (depth * max(visual_positions, 1))
+        for name, term in self.terms.items():
+            loss = loss + weights[name] * term.loss_sum_D.mean() / max(targets[name], 1)
         return loss
+
+    def as_means(self, text_tokens: int, targets: Mapping[str, int], micro_batches: int) -> LossSums:
+        """Sums of which `total` makes this micro-batch's own means, divided by the number of micro-batches of the step.
+
+        What averaging the means of micro-batches comes to, in LLaVA's trainer; samples of a micro-batch with few targets
+        count for more.
+        """
+
+        def share(own: int, whole: int) -> float:
+            return whole / (max(own, 1) * micro_batches)
+
+        terms = {
+            name: term._replace(loss_sum_D=term.loss_sum_D * share(term.targets, targets[name]))
+            for name, term in self.terms.items()
+        }
+        return LossSums(self.text_loss_sum * share(self.text_tokens, text_tokens), self.text_tokens, terms)
+
+    def detached(self) -> LossSums:
+        """The same numbers without the graph behind them."""
+        terms = {name: term._replace(loss_sum_D=term.loss_sum_D.detach()) for name, term in self.terms.items()}
+        return LossSums(self.text_loss_sum.detach(), self.text_tokens, terms)
 
 
 def sum_over_chunks(function: Callable[..., tuple[Tensor, ...]], chunk: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -61,7 +89,7 @@ def sum_over_chunks(function: Callable[..., tuple[Tensor, ...]], chunk: int, *te
 def text_targets(labels_BL: Tensor) -> tuple[Tensor, Tensor, int]:
     """Where the text loss looks: indices (N,) into the flattened (B*L,) positions, their targets (N,) and the count.
 
-    Position i predicts token i+1 of its own row. With nothing to score there is one target, `IGNORE`, so that the
+    Position i predicts token i+1 of its own row; the first token of a sample is no target, see `Batch`. With nothing to score there is one target, `IGNORE`, so that the
     output layer still takes part in the pass.
     """
     shifted = torch.full_like(labels_BL, IGNORE)

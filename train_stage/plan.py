@@ -1,12 +1,10 @@
 """Which samples a step trains on: a pure function of (seed, epoch, step), whatever the number of ranks.
 
-The samples of a step are cut into micro-batches before anybody asks how many ranks there are, and the
-micro-batches are dealt out like cards. So one rank and two ranks run the same micro-batches, only not in the
-same process, and resuming at a step needs nothing but its number.
+Resuming at a step needs nothing but its number. How the samples of a step are spread over ranks and rows is decided
+afterwards, in `train_stage.packing`.
 
 The last step of an epoch holds what is left over, so it may be smaller: nothing is dropped and nothing is
-seen twice in an epoch. Every rank still runs the same number of micro-batches, because hands that come out
-short are filled with empty ones.
+seen twice in an epoch.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ class Plan:
     seed: int
     samples: int
     batch_size: int
-    micro_batch_size: int
     steps: int
 
     @property
@@ -44,21 +41,11 @@ class Plan:
         order = epoch_order(self.seed, epoch, self.samples)
         return order[position * self.batch_size : (position + 1) * self.batch_size]
 
-    def micro_batches(self, step: int, lengths: Indices, rank: int, world: int) -> list[Indices]:
-        """What `rank` of `world` runs in a step, `lengths` being the tokens of every sample.
 
-        Each rank gets equally many micro-batches; those of length 0 are the fill.
-        """
-        chosen = self.step_samples(step)
-        return deal(cut(chosen, lengths[chosen], self.micro_batch_size), rank, world)
-
-
-def make_plan(
-    seed: int, samples: int, batch_size: int, micro_batch_size: int, epochs: int, max_steps: int | None
-) -> Plan:
+def make_plan(seed: int, samples: int, batch_size: int, epochs: int, max_steps: int | None) -> Plan:
     """The plan of a phase: `epochs` passes over the samples, ended early by `max_steps`."""
     steps = math.ceil(samples / batch_size) * epochs
-    return Plan(seed, samples, batch_size, micro_batch_size, steps if max_steps is None else min(steps, max_steps))
+    return Plan(seed, samples, batch_size, steps if max_steps is None else min(steps, max_steps))
 
 
 _last: tuple[tuple[int, int, int], Indices] | None = None
@@ -78,20 +65,3 @@ def epoch_order(seed: int, epoch: int, samples: int) -> Indices:
         order.flags.writeable = False
         _last = (key, order)
     return _last[1]
-
-
-def cut(chosen: Indices, lengths: Indices, size: int) -> list[Indices]:
-    """Cut a step's samples into micro-batches of `size` (the last may be smaller), the longest samples together.
-
-    Neighbours of like length need little padding, and the heaviest micro-batch comes first, so a phase that
-    does not fit into memory fails at its first step.
-    """
-    by_length = chosen[np.argsort(-lengths, kind="stable")]
-    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
-
-
-def deal(micro_batches: list[Indices], rank: int, world: int) -> list[Indices]:
-    """Every `world`-th micro-batch from `rank` on, filled up with an empty one where others hold one more."""
-    hand = micro_batches[rank::world]
-    missing = math.ceil(len(micro_batches) / world) - len(hand)
-    return hand + [np.empty(0, dtype=np.int64)] * missing

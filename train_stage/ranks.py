@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-from manifests.errors import AsvrError
+from manifests.errors import AsvrError, RankLost
+
+log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -33,9 +37,17 @@ class Ranks:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks, in float64 so that counts stay exact."""
+        if self.world == 1:  # also of a process that has joined nobody, as in evaluation
+            return [float(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
+
+    def most(self, value: float) -> float:
+        """The largest of the ranks' values. Collective."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor.item())
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -86,6 +98,9 @@ def join_ranks(timeout_seconds: int) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
+    # DeepSpeed makes groups of its own, which have torch's default (30 minutes, on GPUs 10) unless that is ours.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     backend = "nccl" if cuda else "gloo"
     if world == 1:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
@@ -100,3 +115,31 @@ def leave_ranks() -> None:
     """End the process group; safe to call when there is none."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_named(timeout_seconds: int, output: str) -> Iterator[None]:
+    """RankLost for what torch raises in a block when another rank is gone or silent; all else goes through as it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        log.debug("what torch says", exc_info=True)
+        late = "timed out" in str(error).lower()
+        raise RankLost(
+            f"rank {os.environ.get('RANK', '0')} "
+            + (f"waited {timeout_seconds} s (timeout_seconds) for" if late else "lost its connection to")
+            + " another rank, which hangs or was ended: see what that one or its machine says; the same command resumes "
+            f"from {output}"
+        ) from error
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether torch raised it because another rank cannot be reached: gone, or silent for longer than the timeout."""
+    text = str(error)
+    if isinstance(error, dist.DistBackendError):
+        return "ncclRemoteError" in text or "collective operation timeout" in text
+    # gloo has no class of its own; a check that fails in it is a mistake in our calls.
+    lost = "gloo/transport" in text and "enforce fail" not in text
+    return lost or isinstance(error, dist.DistNetworkError | dist.DistStoreError)

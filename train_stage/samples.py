@@ -7,8 +7,7 @@ so a run never trips over it a day later. The same files give the same samples o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,22 +18,16 @@ from numpy.typing import NDArray
 from manifests.decode import Reject
 from manifests.errors import BudgetExceeded, InputError
 from manifests.records import BadRecord, Record, image_id_of, read_records
-from train_stage.chat import BadSample, ChatEncoder, Encoded, pieces
-from train_stage.codes import NO_ROW, CodeTables
+from train_stage.chat import BadSample, ChatEncoder, Encoded
 from train_stage.config import DataConfig, ResolvedPhase
+from train_stage.image_tokens import ImageTokens
+from train_stage.lookup import NO_ROW
+from train_stage.mixture import mix
+from train_stage.pictures import ImageKey, Pictures, join
+from train_stage.tables import Tables
 
 CHUNK = 4096
 """Records per call of the tokenizer."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The M distinct images of a phase."""
-
-    roots: list[Path]
-    root: NDArray[np.int32]
-    ids: list[str]
-    code_row: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class Samples:
     """N samples, concatenated: sample i has tokens `token_start[i] .. token_start[i+1]`, images likewise.
 
     ids int32 holds one image token per image; `lengths` int64 (N,) counts tokens with every image expanded to its
-    positions, after truncation to max_length.
+    positions, after truncation to max_length. `image_tokens` int64 (M,) are the tokens that each picture becomes.
     """
 
     names: list[str]
@@ -53,9 +46,15 @@ class Samples:
     image_start: NDArray[np.int64]
     lengths: NDArray[np.int64]
     pictures: Pictures
+    image_tokens: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def text_only(self) -> int:
+        """Samples without an image."""
+        return int((np.diff(self.image_start) == 0).sum())
 
     def tokens_of(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Ids and supervision of one sample, images not expanded."""
@@ -73,6 +72,7 @@ class JoinReport:
 
     records: int = 0
     usable: int = 0
+    mixed: int = 0
     images: int = 0
     text_only: int = 0
     bad: Counter[str] = field(default_factory=Counter)
@@ -87,6 +87,8 @@ class JoinReport:
         first = (
             f"{self.records} records: {self.usable} usable ({self.text_only} of them text only), {self.images} images"
         )
+        if self.mixed != self.usable:
+            first += f"; the ratios make {self.mixed} samples an epoch of them"
         return [
             first,
             *(f"left out {count} ({reason}), e.g. {self.examples[reason]}" for reason, count in self.bad.items()),
@@ -114,36 +116,45 @@ class _Candidate:
     """A record on its way to becoming a sample."""
 
     name: str
-    image_keys: list[tuple[int, str]]
+    file: int
+    image_keys: list[ImageKey]
     encoded: Encoded
 
 
 def load_samples(
-    phase: ResolvedPhase, encoder: ChatEncoder, positions: int, codes: CodeTables | None, threads: int
+    phase: ResolvedPhase,
+    encoder: ChatEncoder,
+    image_tokens: ImageTokens,
+    tables: Mapping[str, Tables],
+    threads: int,
+    seed: int,
 ) -> tuple[Samples, JoinReport]:
-    """Read, tokenize and join the data of a phase; `positions` is the number of tokens an image becomes.
+    """Read, tokenize and join the data of a phase; `image_tokens` says how many tokens an image becomes.
 
-    With `codes` every image must have a row there and still have the size it had when it was tokenized. Raises
-    BudgetExceeded or InputError (see `JoinReport.check`) and InputError for an unreadable file.
+    `seed` decides which samples a fractional `ratio` takes. Every image must have a row in all of `tables`
+    and, as a file of its own, the size it had when it was tokenized. Raises BudgetExceeded or InputError (see
+    `JoinReport.check`), InputError for an unreadable file and StorageError for an image root out of reach.
     """
     report = JoinReport()
-    roots = list(dict.fromkeys(str(data.image_root) for data in phase.data))
+    roots = list(dict.fromkeys(data.image_root for data in phase.data))
     candidates = list(_candidates(phase, encoder, roots, report))
     keys = list(dict.fromkeys(key for candidate in candidates for key in candidate.image_keys))
-    rows, problems = _join(keys, roots, codes, threads)
+    pictures, problems = join(keys, roots, tables, threads)
     number = {key: index for index, key in enumerate(keys)}
+    counts = image_tokens.counts(picture_sizes(pictures, tables))
 
     names: list[str] = []
     tokens: list[Encoded] = []
     images: list[list[int]] = []
     lengths: list[int] = []
+    of_file = [0] * len(phase.data)
     for candidate in candidates:
         own = [number[key] for key in candidate.image_keys]
         try:
             for image in own:
                 if image in problems:
                     raise problems[image]
-            encoded, length = truncate(candidate.encoded, encoder.image_token_id, len(own), positions, phase.max_length)
+            encoded, length = truncate(candidate.encoded, encoder.image_token_id, counts[own], phase.max_length)
         except BadSample as bad:
             report.refuse(candidate.name, bad.reason, str(bad))
             continue
@@ -151,16 +162,17 @@ def load_samples(
         tokens.append(encoded)
         images.append(own)
         lengths.append(length)
+        of_file[candidate.file] += 1
     report.usable = len(names)
     report.text_only = sum(not own for own in images)
     report.images = len({image for own in images for image in own})
     report.check(phase.name, phase.max_bad_rate)
-    pictures = Pictures(
-        roots=[Path(root) for root in roots],
-        root=np.array([root for root, _ in keys], dtype=np.int32),
-        ids=[image_id for _, image_id in keys],
-        code_row=rows,
-    )
+    mixed = mix(of_file, [data.ratio for data in phase.data], seed).tolist()
+    if not mixed:
+        raise InputError(f"the ratios of phase {phase.name} leave no sample: raise them, or give more data")
+    names, tokens = [names[i] for i in mixed], [tokens[i] for i in mixed]
+    images, lengths = [images[i] for i in mixed], [lengths[i] for i in mixed]
+    report.mixed = len(names)
     samples = Samples(
         names=names,
         ids=np.concatenate([encoded.ids for encoded in tokens]),
@@ -170,22 +182,38 @@ def load_samples(
         image_start=_starts(len(own) for own in images),
         lengths=np.array(lengths, dtype=np.int64),
         pictures=pictures,
+        image_tokens=counts,
     )
     return samples, report
 
 
+def picture_sizes(pictures: Pictures, tables: Mapping[str, Tables]) -> NDArray[np.int32]:
+    """Width and height of every picture, int32 (M, 2), where the tables have them; 1 x 1 elsewhere."""
+    sizes = np.ones((len(pictures.ids), 2), dtype=np.int32)
+    for name, own in tables.items():
+        if own.geometry.mode == "anyres":
+            rows = pictures.rows[name]
+            sizes[rows.row != NO_ROW] = rows.picture_size[rows.row != NO_ROW]
+    return sizes
+
+
 def truncate(
-    encoded: Encoded, image_token_id: int, images: int, positions: int, max_length: int
+    encoded: Encoded, image_token_id: int, image_tokens: NDArray[np.int64], max_length: int
 ) -> tuple[Encoded, int]:
     """Cut the end off what is longer than `max_length` tokens, images expanded; the length after that comes with it.
+
+    `image_tokens` int64 (images,) are the tokens that each of its images becomes.
 
     Raises BadSample: `cut_image` if the cut meets or removes an image, `not_supervised` if no token is left to
     predict, `image_count` if the text spells the image token out.
     """
     is_image = encoded.ids == image_token_id
+    images = len(image_tokens)
     if int(is_image.sum()) != images:
         raise BadSample("image_count", f"the text holds {int(is_image.sum())} image tokens for {images} images")
-    ends = np.cumsum(np.where(is_image, positions, 1))
+    tokens = np.ones(len(encoded.ids), dtype=np.int64)
+    tokens[is_image] = image_tokens
+    ends = np.cumsum(tokens)
     keep = int(np.searchsorted(ends, max_length, side="right"))
     if is_image[keep:].any():
         raise BadSample("cut_image", f"max_length {max_length} cuts an image off ({int(ends[-1])} tokens in all)")
@@ -197,8 +225,8 @@ def truncate(
 def _candidates(
     phase: ResolvedPhase, encoder: ChatEncoder, roots: list[str], report: JoinReport
 ) -> Iterator[_Candidate]:
-    for data in phase.data:
-        root = roots.index(str(data.image_root))
+    for file, data in enumerate(phase.data):
+        root = roots.index(data.image_root)
         for chunk in _chunks(read_records(data.path), CHUNK):
             accepted = []
             for record in chunk:
@@ -207,13 +235,13 @@ def _candidates(
                 try:
                     if isinstance(record, BadRecord):
                         raise BadSample("record", record.message)
-                    conversation = pieces(phase.template, record.conversations, len(record.images))
+                    conversation = encoder.pieces(phase.template, record.conversations, len(record.images))
                     accepted.append((name, _image_keys(root, record), conversation))
                 except BadSample as bad:
                     report.refuse(name, bad.reason, str(bad))
             encoded = encoder.encode([conversation for _, _, conversation in accepted])
             for (name, image_keys, _), tokens in zip(accepted, encoded, strict=True):
-                yield _Candidate(name, image_keys, tokens)
+                yield _Candidate(name, file, image_keys, tokens)
 
 
 def _chunks(records: Iterable[Record | BadRecord], size: int) -> Iterator[list[Record | BadRecord]]:
@@ -228,40 +256,12 @@ def _name(data: DataConfig, record: Record | BadRecord) -> str:
     return place if isinstance(record, BadRecord) else f"{place} ({record.id})"
 
 
-def _image_keys(root: int, record: Record) -> list[tuple[int, str]]:
+def _image_keys(root: int, record: Record) -> list[ImageKey]:
     """(root, image id) of each of a record's images; a reference that is no path inside the root is BadSample."""
     try:
         return [(root, image_id_of(reference)) for reference in record.images]
     except Reject as reject:
         raise BadSample(str(reject.reason), reject.message) from None
-
-
-def _join(
-    keys: list[tuple[int, str]], roots: list[str], codes: CodeTables | None, threads: int
-) -> tuple[NDArray[np.int64], dict[int, BadSample]]:
-    """Code row of every image (NO_ROW where none is read) and the images that cannot be used, by their index."""
-    ids = [image_id for _, image_id in keys]
-    rows = codes.find(ids) if codes is not None else np.full(len(keys), NO_ROW, dtype=np.int64)
-    with ThreadPoolExecutor(threads) as pool:
-        sizes = list(pool.map(lambda key: _size(Path(roots[key[0]], key[1])), keys, chunksize=256))
-    problems: dict[int, BadSample] = {}
-    for index, ((root, image_id), row, size) in enumerate(zip(keys, rows.tolist(), sizes, strict=True)):
-        if codes is not None and row == NO_ROW:
-            problems[index] = BadSample("missing_codes", f"no codes for image {image_id}{codes.why_missing(image_id)}")
-        elif size is None:
-            problems[index] = BadSample("missing_image", f"{image_id} is not in {roots[root]}")
-        elif codes is not None and size != codes.source_size[row]:
-            problems[index] = BadSample(
-                "changed_image", f"{image_id} has {size} bytes but had {codes.source_size[row]} when it was tokenized"
-            )
-    return rows, problems
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
 
 
 def _starts(lengths: Iterable[int]) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ Shapes: V views, S pixels an edge, T tokens of the tower (class token included),
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -85,19 +86,14 @@ def load_tower(location: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pixe
     Raises:
         InputError: nothing usable there, a kind that is not in `LAYOUTS`, or weights missing from the file.
     """
+    layout = layout_of(read_tower_config(location))
     try:
         config = AutoConfig.from_pretrained(location)
-        tower_config = getattr(config, "vision_config", config)
-        layout = layout_of(tower_config)
         model_class = FULL_MODELS.get(config.model_type, AutoModel)
         tower, info = model_class.from_pretrained(location, dtype=dtype, output_loading_info=True)
         processor = AutoImageProcessor.from_pretrained(location, backend="pil")
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"no vision tower can be read from {location} ({first_line}); model.vision_tower is a folder or hub id "
-            "with config.json, weights and preprocessor_config.json"
-        ) from error
+        raise _no_tower(location, error) from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(layout.unused))
     if missing:
         raise InputError(
@@ -108,14 +104,36 @@ def load_tower(location: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pixe
     return tower, norm
 
 
+def read_tower_config(location: str) -> PreTrainedConfig:
+    """The configuration of a tower alone; InputError as `load_tower`."""
+    try:
+        config = AutoConfig.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        raise _no_tower(location, error) from error
+    tower_config: PreTrainedConfig = getattr(config, "vision_config", config)
+    layout_of(tower_config)
+    return tower_config
+
+
+def _no_tower(location: str, error: Exception) -> InputError:
+    first_line = str(error).strip().splitlines()[0]
+    return InputError(
+        f"no vision tower can be read from {location} ({first_line}); model.vision_tower is a folder or hub id "
+        "with config.json, weights and preprocessor_config.json"
+    )
+
+
 def select_strategy(config: PreTrainedConfig) -> str:
     """LLaVA's `vision_feature_select_strategy`: "default" drops the class token, "full" keeps all there are."""
     return "default" if layout_of(config).class_tokens else "full"
 
 
-def tower_grid(config: PreTrainedConfig, view_size: int) -> tuple[int, int]:
-    """(rows, columns) of features that a view of `view_size` pixels gives; InputError if the tower cannot take it."""
-    if view_size != config.image_size and not layout_of(config).resizes_positions:
+def tower_grid(config: PreTrainedConfig, view_size: int, *, several_views: bool = False) -> tuple[int, int]:
+    """(rows, columns) of features that a view of `view_size` pixels gives; InputError if the tower cannot take it.
+
+    A LLaVA-NeXT (`several_views`) takes views of the tower's own size only: Transformers computes the tiles from it.
+    """
+    if view_size != config.image_size and (several_views or not layout_of(config).resizes_positions):
         raise InputError(
             f"the geometry makes views of {view_size} pixels but the vision tower takes {config.image_size}; "
             f"set geometry.size to {config.image_size}"
@@ -124,26 +142,31 @@ def tower_grid(config: PreTrainedConfig, view_size: int) -> tuple[int, int]:
     return side, side
 
 
-def features(tower: PreTrainedModel, pixels: Tensor, layer: int) -> Tensor:
-    """hidden_states[layer] of the tower (V, T, C) for float pixels (V, 3, S, S).
+def features(tower: PreTrainedModel, pixels: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """hidden_states[layer] of the tower (V, T, C) for float pixels (V, 3, S, S), by layer.
 
-    hidden_states[k] is the input of block k, so blocks k and above, the final norm and the pooling are not run: with
-    LLaVA's layer -2 that spares one block and the pooling head. In all kinds of `LAYOUTS` the last hidden state is
-    the last block's own output, before the final norm.
+    hidden_states[k] is the input of block k, so the blocks above the highest layer, the final norm and the pooling are
+    not run: with LLaVA's layer -2 that spares one block and the pooling head. In all kinds of `LAYOUTS` the last
+    hidden state is the last block's own output, before the final norm.
     """
     layout = layout_of(tower.config)
     blocks = cast("nn.ModuleList", tower.get_submodule(layout.blocks))
+    wanted = {layer: resolve_layer(layer, len(blocks)) for layer in layers}
     x = tower.get_submodule("embeddings")(pixels.to(tower.dtype))
     if layout.norm_before is not None:
         x = tower.get_submodule(layout.norm_before)(x)
-    for block in blocks[: resolve_layer(layer, len(blocks))]:
+    kept = {0: x}
+    for count, block in enumerate(blocks[: max(wanted.values())], start=1):
         x = block(x, None)
-    return x
+        if count in wanted.values():
+            kept[count] = x
+    return {layer: kept[count] for layer, count in wanted.items()}
 
 
-def patch_features(tower: PreTrainedModel, pixels: Tensor, layer: int) -> Tensor:
+def patch_features(tower: PreTrainedModel, pixels: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
     """`features` without the class token: (V, P, C), in raster order of the patch grid."""
-    return features(tower, pixels, layer)[:, layout_of(tower.config).class_tokens :]
+    first = layout_of(tower.config).class_tokens
+    return {layer: state[:, first:] for layer, state in features(tower, pixels, layers).items()}
 
 
 def resolve_layer(layer: int, blocks: int) -> int:

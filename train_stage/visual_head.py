@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_stage.config import HeadConfig
+from train_stage.flops import Forward, linear_elements
+from train_stage.objective_config import HeadConfig, ParallelHeadConfig
 
 NORM_EPS = 1e-6
 
@@ -58,6 +59,18 @@ class DepthFeedForward(nn.Module):
         return torch.bmm(inner_DNF, self.down_DFW).transpose(0, 1)
 
 
+class SharedFeedForward(nn.Module):
+    """One bias-free two-layer GELU network for all depths: 1/D of the parameters, the same arithmetic."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x_NDW: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_NDW)))
+
+
 class DepthBlock(nn.Module):
     """x = x + attention(norm1(x)), then y = norm2(x), then y + feed_forward(y).
 
@@ -69,7 +82,11 @@ class DepthBlock(nn.Module):
         self.norm1 = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.attention = DepthAttention(config.width, config.heads)
         self.norm2 = nn.RMSNorm(config.width, eps=NORM_EPS)
-        self.feed_forward = DepthFeedForward(depth, config.width, config.ffn)
+        self.feed_forward = (
+            SharedFeedForward(config.width, config.ffn)
+            if config.shared_feed_forward
+            else DepthFeedForward(depth, config.width, config.ffn)
+        )
 
     def forward(self, x_NDW: Tensor) -> Tensor:
         y_NDW = self.norm2(x_NDW + self.attention(self.norm1(x_NDW)))
@@ -98,6 +115,7 @@ class VisualHead(nn.Module):
     ) -> None:
         super().__init__()
         self.depth = len(codebooks)
+        self.codebook_sizes = tuple(len(codebook) for codebook in codebooks)
         self.residual = residual
         self.projector = nn.Sequential(
             nn.Linear(hidden_size, config.width), nn.GELU(), nn.Linear(config.width, config.width)
@@ -122,11 +140,64 @@ class VisualHead(nn.Module):
         x_NDW = self.norm(x_NDW)
         return [classifier(x_NDW[:, d]) for d, classifier in enumerate(self.classifiers)]
 
+    def forward_flops(self) -> Forward:
+        """FLOPs of one position; what the slots are told of its codes carries no gradient."""
+        depth, width = self.depth, self.norm.weight.numel()
+        weights = linear_elements(self.projector) + linear_elements(self.classifiers)
+        weights += depth * linear_elements(self.blocks)
+        # Where every slot has a feed-forward network of its own, each of their weights is used once.
+        weights += sum(parameter.numel() for parameter in self.blocks.parameters() if parameter.ndim == 3)
+        told = 0 if self.code_proj is None else (depth - 1) * self.code_proj.weight.numel()
+        return Forward(weights=2.0 * weights, first=2.0 * told, pairs=4.0 * len(self.blocks) * depth**2 * width)
+
     def _context(self, codes_ND: Tensor) -> Tensor:
         """float32 (N, D-1, C): what slots 1..D-1 are told; sums are float32 whatever the model's dtype."""
         vectors = [F.embedding(codes_ND[:, d], self.get_buffer(f"codebook_{d}")).float() for d in range(self.depth - 1)]
         stacked = torch.stack(vectors, dim=1)
         return stacked.cumsum(dim=1) if self.residual else stacked
+
+
+class ParallelHead(nn.Module):
+    """Predicts each of the D codes from the hidden state alone: one linear layer or two-layer GELU network per depth.
+
+    No depth is told another's code, so given the hidden state the depths are independent; it needs no codebooks.
+
+    Args:
+        hidden_size: H.
+        config: hidden width of the networks, or none for linear layers.
+        codebook_sizes: K_d of each depth.
+    """
+
+    def __init__(self, hidden_size: int, config: ParallelHeadConfig, codebook_sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.codebook_sizes = tuple(codebook_sizes)
+        self.networks = nn.ModuleList(
+            _classifier(hidden_size, size)
+            if config.width is None
+            else nn.Sequential(nn.Linear(hidden_size, config.width), nn.GELU(), _classifier(config.width, size))
+            for size in codebook_sizes
+        )
+
+    def forward(self, hidden_NH: Tensor, codes_ND: Tensor) -> list[Tensor]:  # noqa: ARG002
+        """D tensors of logits (N, K_d) for hidden states (N, H); the codes are not looked at."""
+        return [network(hidden_NH) for network in self.networks]
+
+    def forward_flops(self) -> Forward:
+        """FLOPs of one position."""
+        return Forward(weights=2.0 * linear_elements(self.networks))
+
+
+def build_head(
+    hidden_size: int,
+    config: HeadConfig | ParallelHeadConfig,
+    codebooks: Sequence[np.ndarray],
+    *,
+    residual: bool = True,
+) -> VisualHead | ParallelHead:
+    """The head a recipe asks for; for the arguments see the classes."""
+    if isinstance(config, ParallelHeadConfig):
+        return ParallelHead(hidden_size, config, [len(codebook) for codebook in codebooks])
+    return VisualHead(hidden_size, config, codebooks, residual=residual)
 
 
 def _classifier(width: int, size: int) -> nn.Linear:

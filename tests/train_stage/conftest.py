@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import TOWERS, save_language_model, save_tower
 
 from train_stage.config import HeadConfig, ModelConfig
+from train_stage.deepspeed_process import prepare_environment
+from train_stage.ranks import Ranks, join_ranks, leave_ranks
 from train_stage.visual_head import VisualHead
 
 
@@ -25,6 +27,15 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_language_model(folder / "llama", tied=False)
     save_language_model(folder / "llama_tied", tied=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """This process as the only rank. One for the session: DeepSpeed does not let a process join a second time."""
+    prepare_environment()
+    torch.set_num_threads(1)
+    yield join_ranks(60)
+    leave_ranks()
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +82,10 @@ class AsvrGolden:
             name = name.replace("linear1.weight", "feed_forward.up_DWF")
             name = name.replace("linear2.weight", "feed_forward.down_DFW")
         for old, new in (
-            ("rqtransformer_semantic.in_mlp_1", "objective.visual_head.code_proj"),
-            ("rqtransformer_semantic.head_transformer", "objective.visual_head.blocks"),
-            ("rqtransformer_semantic.headnorm", "objective.visual_head.norm"),
-            ("rqtransformer_semantic.heads", "objective.visual_head.classifiers"),
+            ("rqtransformer_semantic.in_mlp_1", "objectives.codes.visual_head.code_proj"),
+            ("rqtransformer_semantic.head_transformer", "objectives.codes.visual_head.blocks"),
+            ("rqtransformer_semantic.headnorm", "objectives.codes.visual_head.norm"),
+            ("rqtransformer_semantic.heads", "objectives.codes.visual_head.classifiers"),
             ("self_attention.in_proj_", "attention.in_proj."),
             ("self_attention.", "attention."),
             ("layernorm", "norm"),
@@ -83,7 +94,7 @@ class AsvrGolden:
         ):
             name = name.replace(old, new) if "input_layer" not in name and "post_att" not in name else name
         if name.startswith("projector."):
-            return f"objective.visual_head.{name}"
+            return f"objectives.codes.visual_head.{name}"
         if name.startswith("model."):
             return f"llava.model.language_model.{name.removeprefix('model.')}"
         return f"llava.{name}" if name.startswith("lm_head") else name
@@ -102,7 +113,7 @@ class AsvrGolden:
 
     def visual_head(self) -> VisualHead:
         head = VisualHead(self.numbers["llama_config"]["hidden_size"], self.head, self.codebooks)
-        prefix = "objective.visual_head."
+        prefix = "objectives.codes.visual_head."
         head.load_state_dict({k.removeprefix(prefix): v for k, v in self.trainable().items() if k.startswith(prefix)})
         return head
 

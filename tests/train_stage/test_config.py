@@ -50,12 +50,47 @@ def test_json_gives_the_same_configuration_back() -> None:
         ({"deepspeed": {"train_batch_size": 4}}, "deepspeed.train_batch_size is derived from the phase's batch_size"),
         ({"deepspeed": {"optimizer": {}}}, "deepspeed.optimizer is derived from"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "deepspeed.bf16 is derived from precision"),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage is 1 or 2"),
+        ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "stage is 1, 2 or 3"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3}}, "compile_layers": True},
+            "compile_layers is for layers that",
+        ),
+        ({"deepspeed": {"activation_checkpointing": {}}}, "is derived from recompute_activations; remove it"),
+        ({"deepspeed": {"curriculum_learning": {}}}, "changes the order of the samples, which this trainer does not"),
+        ({"deepspeed": {"zero_optimisation": {}}}, "no setting that DeepSpeed reads: did you mean zero_optimization"),
+        ({"deepspeed": {"ranks": 2}}, "no setting that DeepSpeed reads: there are aio, comet"),
+        ({"phases": [phase(name="pretrain", part_lr={"language_model": 1})]}, "does not train its language_model"),
         ({"phases": [phase(), phase()]}, "must differ"),
         ({"phases": [phase(manifests=[])]}, "predicts codes but names no manifests"),
         ({"phases": [phase(manifests=[], objective={"kind": "none"})]}, "must give its geometry"),
+        (
+            {
+                "phases": [
+                    phase(
+                        objective={"kind": "none"},
+                        manifests=[],
+                        geometry={"mode": "anyres", "size": 28, "grid_pinpoints": [[28, 28]]},
+                    )
+                ]
+            },
+            "phase instruct has geometry anyres, .* names no manifests, which know the sizes: give manifests",
+        ),
         ({"phases": [phase(objective={"kind": "none"}, trainable=["visual_head"])]}, "no visual_head to train"),
         ({"phases": [phase(objective={"kind": "codes", "head": {"width": 10, "heads": 3}})]}, "not a multiple"),
+        ({"phases": [phase(objective={"kind": "codes", "head": {"kind": "parallel", "ffn": 3}})]}, "head has no ffn"),
+        (
+            {"phases": [phase(objective={"kind": "codes", "head": {"kind": "other"}})]},
+            "kind is depth_transformer or parallel",
+        ),
+        ({"phases": [phase(objective=[{"kind": "codes"}, {"kind": "codes"}])]}, "several objectives named codes"),
+        ({"phases": [phase(objective=[{"kind": "codes", "name": "text"}])]}, "give it another name"),
+        ({"phases": [phase(objective=[{"kind": "none"}])]}, "does not match any of the expected tags"),
+        ({"phases": [phase(objective=[])]}, "at least 1 item"),
+        ({"phases": [phase(objective={"kind": "align"})]}, "give one of manifests and tower_layer"),
+        (
+            {"phases": [phase(objective={"kind": "denoise", "manifests": ["v"], "width": 6, "heads": 2})]},
+            "multiple of 4",
+        ),
         ({"phases": [phase(name="../up")]}, "String should match pattern"),
         ({"epoch": 1}, "Extra inputs are not permitted"),
     ],
@@ -74,4 +109,17 @@ def test_reading_a_configuration_needs_no_torch() -> None:
 
 
 def test_a_phase_alone_is_complete() -> None:
-    assert PhaseConfig.model_validate(phase()).with_defaults().micro_batch_size == 8
+    assert PhaseConfig.model_validate(phase()).with_defaults().micro_batch_tokens == 4 * 2048
+
+
+def test_terms_come_alone_or_in_a_list() -> None:
+    assert PhaseConfig.model_validate(phase(objective={"kind": "none"})).terms == ()
+    assert [term.name for term in PhaseConfig.model_validate(phase()).terms] == ["codes"]
+    objective = [
+        {"kind": "codes", "head": {"kind": "parallel"}},
+        {"kind": "codes", "name": "appearance", "manifests": ["other"], "weight": 0.5},
+        {"kind": "align", "tower_layer": -1},
+    ]
+    several = PhaseConfig.model_validate(phase(objective=objective))
+    assert several.all_manifests == {"manifests": ("tokens",), "codes": ("tokens",), "appearance": ("other",)}
+    assert PhaseConfig.model_validate_json(several.model_dump_json()) == several

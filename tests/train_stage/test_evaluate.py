@@ -13,10 +13,12 @@ from PIL import Image
 from manifests.errors import InputError
 from manifests.schema import Geometry
 from train_stage import config as configs
-from train_stage.chat import ChatEncoder, pieces, template_source
+from train_stage.build import build_model
+from train_stage.chat import ChatEncoder
 from train_stage.evaluate import Answer, Question, accuracy, answer_questions, load_exported, prompt
 from train_stage.export import export_llava, make_processor
-from train_stage.model import AsvrModel, build_model
+from train_stage.model import AsvrModel
+from train_stage.templates import pieces, template_source
 from train_stage.tokenizer import load_tokenizer
 
 GEOMETRY = Geometry(mode="squash", size=28)
@@ -25,7 +27,7 @@ TEMPLATE = template_source("vicuna_v1")
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Callable[..., configs.ModelConfig]) -> AsvrModel:
-    built = build_model(tiny_model(), configs.NoneObjective(), None, torch.float32)
+    built = build_model(tiny_model(), (), {}, torch.float32)
     torch.manual_seed(7)
     for parameter in built.llava.parameters():  # large enough for answers that differ from picture to picture
         if parameter.ndim > 1:

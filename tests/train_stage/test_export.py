@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_models import target
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from manifests.errors import InputError
@@ -22,9 +23,9 @@ from manifests.schema import Geometry
 from train_stage import config as configs
 from train_stage import export
 from train_stage.batch import IGNORE, Batch
+from train_stage.build import build_model
 from train_stage.export import HEAD_FILE, export_llava
-from train_stage.model import AsvrModel, build_model
-from train_stage.objectives import CodesObjective
+from train_stage.model import AsvrModel
 from train_stage.tokenizer import load_tokenizer
 
 VIEW, POSITIONS = 28, 16
@@ -41,9 +42,10 @@ def exported(
     config: configs.ModelConfig, output: Path, geometry: Geometry | None = None, *, dtype: torch.dtype = torch.float32
 ) -> AsvrModel:
     codebooks = [np.ones((11, 6), dtype=np.float32)] * 2
-    model = build_model(config, configs.CodesObjective(head=HEAD), codebooks, dtype).eval()
+    terms = (configs.CodesObjective(head=HEAD),)
+    model = build_model(config, terms, {"codes": target(codebooks)}, dtype, view_size=VIEW).eval()
     geometry = geometry or Geometry(mode="squash", size=VIEW)
-    export_llava(model, load_tokenizer(config), geometry, output, chat_template=TEMPLATE, codebook_sha256="ab" * 32)
+    export_llava(model, load_tokenizer(config), geometry, output, chat_template=TEMPLATE)
     return model
 
 
@@ -93,12 +95,11 @@ def test_the_export_computes_what_training_computes(
         views, _ = make_views(np.asarray(source), geometry)
         batch = Batch(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(ids.shape[1])[None],
             labels=torch.full_like(ids, IGNORE),
             views=torch.from_numpy(views),
             view_position=(ids[0] == model.llava.config.image_token_id).nonzero().T,
-            codes=None,
-            codes_mask=torch.zeros(1, POSITIONS, dtype=torch.bool),
+            target_mask=torch.zeros(1, POSITIONS, dtype=torch.bool),
             sample_ids=["a"],
         )
         ours = model.llava.lm_head(model.hidden_states(batch))
@@ -133,12 +134,12 @@ def test_a_background_the_processor_cannot_have_is_a_warning(
 
 def test_the_head_is_a_file_of_its_own(tiny_model: MakeConfig, tmp_path: Path) -> None:
     model = exported(tiny_model(), tmp_path / "out")
-    assert isinstance(model.objective, CodesObjective)
     with safe_open(tmp_path / "out" / HEAD_FILE, "pt") as file:
         metadata, names = file.metadata(), set(file.keys())
-    assert names == set(model.objective.visual_head.state_dict())
-    assert configs.HeadConfig.model_validate_json(metadata["head"]) == HEAD
-    assert (metadata["codebook_sha256"], metadata["codebook_sizes"]) == ("ab" * 32, "[11, 11]")
+    assert names == set(model.objectives.state_dict())
+    facts = json.loads(metadata["objectives"])["codes"]
+    assert configs.HeadConfig.model_validate(facts["head"]) == HEAD
+    assert facts["codebook_sizes"] == [11, 11]
 
 
 def test_configuration_files_are_those_older_readers_expect(tiny_model: MakeConfig, tmp_path: Path) -> None:
@@ -159,6 +160,32 @@ def test_configuration_files_are_those_older_readers_expect(tiny_model: MakeConf
     assert read["preprocessor_config.json"]["size"] == {"height": VIEW, "width": VIEW}
     assert (read["generation_config.json"]["eos_token_id"], read["generation_config.json"]["do_sample"]) == (2, False)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_an_answer_ends_with_any_of_the_stop_tokens(tiny_model: MakeConfig, tmp_path: Path) -> None:
+    """What plain generation from the folder says goes as far as the first of them."""
+
+    def said() -> list[int]:
+        loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+        return loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6)[0, 3:].tolist()
+
+    model = exported(tiny_model(), tmp_path / "out")
+    torch.manual_seed(0)
+    for parameter in model.llava.model.language_model.parameters():  # or it says one thing again and again
+        torch.nn.init.normal_(parameter, std=0.5)
+    geometry, tokenizer = Geometry(mode="squash", size=VIEW), load_tokenizer(tiny_model())
+
+    def again(*stop_tokens: int) -> None:
+        export_llava(model, tokenizer, geometry, tmp_path / "out", chat_template=TEMPLATE, stop_tokens=stop_tokens)
+
+    again()
+    whole = said()
+    stop = next(token for token in whole if token != whole[0])
+    again(tokenizer.eos_token_id, stop)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [tokenizer.eos_token_id, stop]
+    assert said() == whole[: whole.index(stop) + 1]
+    assert len(said()) < len(whole)
 
 
 def test_large_models_are_split_into_shards(
@@ -185,20 +212,45 @@ def test_an_export_is_replaced_and_other_folders_are_not(tiny_model: MakeConfig,
     assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
 
 
-def test_a_process_without_this_project_answers(tiny_model: MakeConfig, tmp_path: Path) -> None:
-    exported(tiny_model(), tmp_path / "out")
+def test_a_process_that_cannot_import_this_project_sees_and_says_the_same(
+    tiny_model: MakeConfig, tmp_path: Path
+) -> None:
+    """From the image file to the answer, with transformers alone: same pixels, same logits."""
+    geometry = Geometry(mode="pad", size=VIEW)
+    model = exported(tiny_model(), tmp_path / "out", geometry)
     picture(40, 31).save(tmp_path / "picture.png")
     code = f"""
 import sys
+sys.modules |= dict.fromkeys(["manifests", "train_stage", "tokenize_stage", "pipeline", "deepspeed", "ray"])
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained({str(tmp_path / "out")!r})
+model = AutoModelForImageTextToText.from_pretrained({str(tmp_path / "out")!r}).eval()
 processor = AutoProcessor.from_pretrained({str(tmp_path / "out")!r}, backend="pil")
 inputs = processor(images=Image.open({str(tmp_path / "picture.png")!r}), text="USER: <image>\\nwhat? ASSISTANT:",
                    return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits
 out = model.generate(**inputs, max_new_tokens=3)
 assert out.shape[1] > inputs["input_ids"].shape[1]
-assert not [name for name in sys.modules if name.split(".")[0] in ("train_stage", "manifests", "deepspeed")]
+save_file({{"ids": inputs["input_ids"], "pixels": inputs["pixel_values"], "logits": logits}}, {str(tmp_path / "said")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    said = load_file(tmp_path / "said")
+    views, _ = make_views(np.asarray(picture(40, 31)), geometry)
+    torch.testing.assert_close(said["pixels"], model.pixel_norm(torch.from_numpy(views)), rtol=0, atol=1e-6)
+    ids = said["ids"]
+    batch = Batch(
+        input_ids=ids,
+        position_ids=torch.arange(ids.shape[1])[None],
+        labels=torch.full_like(ids, IGNORE),
+        views=torch.from_numpy(views),
+        view_position=(ids[0] == model.llava.config.image_token_id).nonzero().T,
+        target_mask=torch.zeros(1, POSITIONS, dtype=torch.bool),
+        sample_ids=["a"],
+    )
+    with torch.no_grad():
+        ours = model.llava.lm_head(model.hidden_states(batch))
+    torch.testing.assert_close(ours, said["logits"], rtol=0, atol=1e-5)

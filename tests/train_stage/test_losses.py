@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from train_stage.batch import IGNORE
-from train_stage.losses import LossSums, text_loss, text_targets
+from train_stage.losses import LossSums, TermSums, text_loss, text_targets
 
 VOCABULARY = 13
 
@@ -70,7 +70,7 @@ def test_targets_never_cross_rows_and_the_first_token_is_no_target() -> None:
 
 
 def test_total_is_normalised_by_the_step_not_by_the_micro_batch() -> None:
-    sums = LossSums(torch.tensor(6.0), 2, torch.tensor([4.0, 8.0]), 4, torch.tensor([0, 0]))
-    assert sums.total(text_tokens=3, visual_positions=6, visual_weight=0.5).item() == pytest.approx(2 + 0.5 * 1)
-    no_visual = LossSums(torch.tensor(6.0), 2, torch.zeros(0), 0, torch.zeros(0))
-    assert no_visual.total(text_tokens=3, visual_positions=0, visual_weight=1.0).item() == 2.0
+    sums = LossSums(torch.tensor(6.0), 2, {"codes": TermSums(torch.tensor([4.0, 8.0]), 4, torch.tensor([0, 0]))})
+    assert sums.total(text_tokens=3, targets={"codes": 6}, weights={"codes": 0.5}).item() == pytest.approx(2 + 0.5 * 1)
+    no_visual = LossSums(torch.tensor(6.0), 2, {})
+    assert no_visual.total(text_tokens=3, targets={}, weights={}).item() == 2.0

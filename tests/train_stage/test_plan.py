@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,28 +11,16 @@ from train_stage.plan import epoch_order, make_plan
 @given(
     samples=st.integers(1, 60),
     batch=st.integers(1, 20),
-    micro=st.integers(1, 7),
-    world=st.integers(1, 5),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_an_epoch_sees_every_sample_once_whatever_the_number_of_ranks(
-    samples: int, batch: int, micro: int, world: int, seed: int
-) -> None:
-    plan = make_plan(seed, samples, batch, micro, epochs=2, max_steps=None)
-    lengths = np.arange(samples) % 5
+def test_an_epoch_sees_every_sample_once(samples: int, batch: int, seed: int) -> None:
+    plan = make_plan(seed, samples, batch, epochs=2, max_steps=None)
     for epoch in range(2):
         seen: list[int] = []
         for position in range(plan.steps_per_epoch):
             step = epoch * plan.steps_per_epoch + position + 1
             assert plan.epoch_of(step) == epoch
-            hands = [plan.micro_batches(step, lengths, rank, world) for rank in range(world)]
-            assert len({len(hand) for hand in hands}) == 1, "every rank calls forward equally often"
-            alone = plan.micro_batches(step, lengths, 0, 1)
-            dealt = [hands[i % world][i // world].tolist() for i in range(len(alone))]
-            assert dealt == [micro_batch.tolist() for micro_batch in alone]
-            of_step = [sample for micro_batch in alone for sample in micro_batch]
-            assert sorted(of_step) == sorted(plan.step_samples(step))
-            seen += of_step
+            seen += plan.step_samples(step).tolist()
         assert sorted(seen) == list(range(samples))
 
 
@@ -45,23 +32,17 @@ def test_the_order_is_that_of_the_published_philox_stream() -> None:
 
 
 def test_a_step_is_found_without_the_steps_before_it() -> None:
-    plan = make_plan(7, 50, 8, 2, epochs=3, max_steps=None)
+    plan = make_plan(7, 50, 8, epochs=3, max_steps=None)
     forward = [plan.step_samples(step).tolist() for step in range(1, plan.steps + 1)]
     backward = [plan.step_samples(step).tolist() for step in range(plan.steps, 0, -1)]
     assert forward == backward[::-1]
 
 
 def test_the_last_step_of_an_epoch_holds_the_rest() -> None:
-    plan = make_plan(0, 10, 4, 2, epochs=1, max_steps=None)
+    plan = make_plan(0, 10, 4, epochs=1, max_steps=None)
     assert [len(plan.step_samples(step)) for step in (1, 2, 3)] == [4, 4, 2]
 
 
 @pytest.mark.parametrize(("max_steps", "steps"), [(None, 6), (4, 4), (100, 6)])
 def test_max_steps_ends_a_phase_early(max_steps: int | None, steps: int) -> None:
-    assert make_plan(0, 10, 4, 2, epochs=2, max_steps=max_steps).steps == steps
-
-
-def test_the_longest_micro_batch_comes_first() -> None:
-    plan = make_plan(0, 6, 6, 2, epochs=1, max_steps=None)
-    lengths = np.array([3, 9, 1, 7, 5, 8])
-    assert [lengths[m].tolist() for m in plan.micro_batches(1, lengths, 0, 1)] == [[9, 8], [7, 5], [3, 1]]
+    assert make_plan(0, 10, 4, epochs=2, max_steps=max_steps).steps == steps

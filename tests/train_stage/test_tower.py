@@ -27,7 +27,7 @@ def test_features_equal_hidden_states(tiny_folders: Path, kind: str, layer: int)
     pixels = torch.randn(2, 3, VIEW, VIEW)
     with torch.no_grad():
         expected = tower(pixels, output_hidden_states=True).hidden_states[layer]
-        torch.testing.assert_close(towers.features(tower, pixels, layer), expected, rtol=0, atol=0)
+        torch.testing.assert_close(towers.features(tower, pixels, [layer])[layer], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", TOWERS)
@@ -36,7 +36,7 @@ def test_blocks_above_the_layer_are_not_run(tiny_folders: Path, kind: str) -> No
     ran: list[int] = []
     for number, block in enumerate(tower.get_submodule(towers.layout_of(tower.config).blocks)):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
-    towers.features(tower, torch.randn(1, 3, VIEW, VIEW), -2)
+    towers.features(tower, torch.randn(1, 3, VIEW, VIEW), [-2])
     assert ran == [0, 1, 2]
 
 
@@ -44,7 +44,7 @@ def test_blocks_above_the_layer_are_not_run(tiny_folders: Path, kind: str) -> No
 def test_patches_are_one_per_grid_cell(tiny_folders: Path, kind: str) -> None:
     tower, _ = towers.load_tower(str(tiny_folders / kind), torch.float32)
     rows, columns = towers.tower_grid(tower.config, VIEW)
-    patches = towers.patch_features(tower, torch.randn(1, 3, VIEW, VIEW), -2)
+    patches = towers.patch_features(tower, torch.randn(1, 3, VIEW, VIEW), [-2])[-2]
     assert patches.shape == (1, rows * columns, 32)
     assert (rows, columns) == (4, 4)
 

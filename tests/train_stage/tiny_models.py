@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -21,6 +22,9 @@ from transformers import (
     ViTModel,
 )
 
+from manifests.schema import TokenizerSpec
+from train_stage.objectives import Target
+
 VIEW = 28
 """Pixels of a view: patches of 7 make a grid of 4 x 4 positions."""
 
@@ -29,24 +33,24 @@ TOWERS = ("siglip", "clip", "dinov2", "vit")
 _SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "image_size": VIEW,
     "patch_size": 7,
 }
 
 
-def save_tower(kind: str, folder: Path) -> None:
-    """A random vision tower of four blocks, with its normalisation beside it."""
+def save_tower(kind: str, folder: Path, *, blocks: int = 4) -> None:
+    """A random vision tower, with its normalisation beside it."""
     torch.manual_seed(1)
+    sizes = _SIZES | {"num_hidden_layers": blocks}
     if kind == "siglip":
-        tower = SiglipVisionModel(SiglipVisionConfig(**_SIZES))
+        tower = SiglipVisionModel(SiglipVisionConfig(**sizes))
     elif kind == "clip":
-        tower = CLIPVisionModel(CLIPVisionConfig(**_SIZES))
+        tower = CLIPVisionModel(CLIPVisionConfig(**sizes))
     elif kind == "dinov2":
-        tower = Dinov2Model(Dinov2Config(**{**_SIZES, "image_size": 42}))
+        tower = Dinov2Model(Dinov2Config(**{**sizes, "image_size": 42}))
     else:
-        tower = ViTModel(ViTConfig(**_SIZES))
+        tower = ViTModel(ViTConfig(**sizes))
     for parameter in tower.parameters():  # the usual small start would hide a mistake in rounding
         torch.nn.init.normal_(parameter, std=0.1)
     tower.save_pretrained(folder)
@@ -54,8 +58,8 @@ def save_tower(kind: str, folder: Path) -> None:
     CLIPImageProcessorPil(image_mean=mean, image_std=std).save_pretrained(folder)
 
 
-def save_language_model(folder: Path, tied: bool) -> None:
-    """A random two-layer Llama and a tokenizer whose tokens are characters."""
+def save_language_model(folder: Path, tied: bool, *, layers: int = 2) -> None:
+    """A random Llama and a tokenizer whose tokens are characters."""
     letters = sorted(set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:?'\n"))
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     words = {token: i for i, token in enumerate([*special.values(), *letters])}
@@ -68,7 +72,7 @@ def save_language_model(folder: Path, tied: bool) -> None:
         vocab_size=len(words),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
@@ -76,3 +80,18 @@ def save_language_model(folder: Path, tied: bool) -> None:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def target(codebooks: list[np.ndarray], *, grid: tuple[int, int] = (4, 4), residual: bool = True) -> Target:
+    """What a manifest with these codebooks says of its codes."""
+    spec = TokenizerSpec(
+        kind="fitted",
+        origin="tiny",
+        weights_sha256={},
+        view_size=VIEW,
+        grid=grid,
+        codebook_sizes=tuple(len(book) for book in codebooks),
+        code_dim=codebooks[0].shape[1],
+        residual=residual,
+    )
+    return Target(spec, codebooks)

@@ -1,30 +1,26 @@
-"""What the hidden states at image positions are asked for, beside the text loss. One file per objective."""
+"""What the hidden states at image positions are asked for, beside the text loss. One file per kind of term."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 
-import numpy as np
+from torch import nn
 
-from train_stage import config
-from train_stage.objectives.base import Objective
-from train_stage.objectives.codes import CodesObjective
-from train_stage.objectives.none import NoneObjective
-
-
-def build_objective(
-    objective: config.CodesObjective | config.NoneObjective,
-    hidden_size: int,
-    codebooks: Sequence[np.ndarray] | None,
-    *,
-    residual: bool = True,
-) -> Objective:
-    """The objective a phase asks for; `codebooks` (D float32 arrays (K_d, C)) only where it predicts codes."""
-    if isinstance(objective, config.NoneObjective):
-        return NoneObjective()
-    if not codebooks:
-        raise ValueError("objective codes needs the codebooks of its manifests")
-    return CodesObjective(objective, hidden_size, codebooks, residual=residual)
+from train_stage.objective_config import Term
+from train_stage.objectives.base import Objective, Surroundings, Target
 
 
-__all__ = ["CodesObjective", "NoneObjective", "Objective", "build_objective"]
+def build_objectives(terms: Sequence[Term], targets: Mapping[str, Target], around: Surroundings) -> nn.ModuleDict:
+    """The terms of a phase by name, fresh; `targets` holds those that have manifests.
+
+    InputError when a term and its manifests do not fit each other or the model.
+    """
+    built = {}
+    for term in terms:
+        module = import_module(f"train_stage.objectives.{term.kind}")
+        built[term.name] = module.build(term, targets.get(term.name), around)
+    return nn.ModuleDict(built)
+
+
+__all__ = ["Objective", "Surroundings", "Target", "build_objectives"]

@@ -2,71 +2,148 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
-from train_stage import config
-from train_stage.batch import IGNORE, Batch, count_visual_targets
-from train_stage.losses import CHUNK, sum_over_chunks
-from train_stage.objectives.base import Objective
-from train_stage.visual_head import VisualHead
+from manifests.errors import InputError
+from manifests.schema import TokenizerSpec
+from train_stage import objective_config as config
+from train_stage.batch import IGNORE, Batch, count_visual_targets, not_first
+from train_stage.flops import Forward
+from train_stage.losses import CHUNK, TermSums, sum_over_chunks
+from train_stage.objectives.base import NOTHING, Objective, Surroundings, Target
+from train_stage.visual_head import build_head
+
+POSITIONS = CHUNK // 4
+"""Positions that are scored at once. Each is D slots of the depth transformer, of which everything is kept while its chunk is
+recomputed: 1.8 MB at the released size, where a token of text keeps its logits alone."""
 
 
-def select_targets(batch: Batch, depth: int, shift: str) -> tuple[Tensor, Tensor, int]:
+def build(settings: config.CodesObjective, target: Target, around: Surroundings) -> CodesObjective:
+    """The term of a phase; InputError unless the codes have the tower's grid."""
+    spec = target.spec
+    if not isinstance(spec, TokenizerSpec):
+        raise InputError(f"{target.where} holds features, not codes: give objective {settings.name} a set of codes")
+    if spec.grid != around.grid:
+        raise InputError(
+            f"{target.where} has {spec.grid[0]}x{spec.grid[1]} positions a view and the vision tower makes "
+            f"{around.grid[0]}x{around.grid[1]}: use a tower with the tokenizer's grid, or tokenize for this one"
+        )
+    made = CodesObjective(settings, around.hidden_size, target.codebooks, residual=spec.residual)
+    made.codebook_sha256 = target.codebook_sha256
+    return made
+
+
+def select_targets(
+    view_position: Tensor,
+    mask: Tensor,
+    codes: Tensor | None,
+    depth: int,
+    shift: str,
+    base_view: Tensor | None = None,
+) -> tuple[Tensor, Tensor, int]:
     """Which hidden states are scored, and against what.
 
-    `shift` is "none" (hidden state of cell i against the codes of cell i, what the published numbers used) or "next"
-    (cell i against cell i+1 of the same view, so P-1 targets a view). A target counts when its own cell is in
-    `codes_mask`; the cell that predicts it comes earlier in the same view, so it has a token.
+    `shift` is "none" (a cell's codes against the hidden state of its own token, what the published numbers used) or
+    "next" (against that of the token right before it, so that an image's first cell is no target). With several views
+    an image, `base_view` (V,) tells those that images begin with. The token before the first cell of a view or a row of
+    LLaVA-NeXT's joined tiles is whichever the language model reads before it: the last one of the base view, a newline
+    or a cell of the tile beside it. A target counts when its cell is in `mask` (V, P).
 
     Returns indices (N,) into the flattened (B*L,) tokens, targets int64 (N, D) and the count. With nothing to score
     there is one row of `IGNORE`, so that the head still takes part in the pass.
     """
-    position, mask = batch.view_position, batch.codes_mask
     if shift == "next":
-        position, mask = position[:, :-1], mask[:, 1:]
+        view_position, mask = view_position - 1, not_first(mask, base_view)
     chosen = mask.flatten().nonzero().squeeze(1)
-    if batch.codes is None or chosen.numel() == 0:
-        nowhere = position.new_zeros(1)
-        return nowhere, position.new_full((1, depth), IGNORE), 0
-    codes = batch.codes if shift == "none" else batch.codes[:, 1:]
-    index = position.flatten().index_select(0, chosen)
+    if codes is None or chosen.numel() == 0:
+        nowhere = view_position.new_zeros(1)
+        return nowhere, view_position.new_full((1, depth), IGNORE), 0
+    index = view_position.flatten().index_select(0, chosen)
     return index, codes.flatten(0, 1).index_select(0, chosen), chosen.numel()
 
 
 class CodesObjective(Objective):
     """Cross-entropy of the visual head's logits, summed over positions, per depth."""
 
-    visual_head: VisualHead
+    codebook_sha256: str | None = None
 
     def __init__(
         self,
-        objective: config.CodesObjective,
+        settings: config.CodesObjective,
         hidden_size: int,
         codebooks: Sequence[np.ndarray],
         *,
         residual: bool = True,
-        chunk: int = CHUNK,
+        chunk: int = POSITIONS,
     ) -> None:
         super().__init__()
-        self.settings = objective
-        self.shift = objective.shift
-        self.weight = objective.weight
+        self.settings = settings
+        self.weight = settings.weight
         self.chunk = chunk
-        self.visual_head = VisualHead(hidden_size, objective.head, codebooks, residual=residual)
+        self.depth = len(codebooks)
+        self.residual = residual
+        self.visual_head = build_head(hidden_size, settings.head, codebooks, residual=residual)
 
-    def forward(self, hidden_BLH: Tensor, batch: Batch) -> tuple[Tensor, int, Tensor]:
-        index, codes_ND, count = select_targets(batch, self.visual_head.depth, self.shift)
+    @override
+    def forward(self, hidden_BLH: Tensor, batch: Batch, tower: Mapping[int, Tensor] = NOTHING) -> TermSums:
+        codes = batch.targets.get(self.settings.name)
+        sums = self.score(hidden_BLH, batch.view_position, codes, batch.target_mask, batch.base_view)
+        return self._add_blanks(sums, hidden_BLH, batch) if batch.blanks else sums
+
+    def _add_blanks(self, sums: TermSums, hidden_BLH: Tensor, batch: Batch) -> TermSums:
+        """`sums` and those of the text-only samples, which are all alike: the blank image's codes at hidden states of zero."""
+        codes_PD = batch.blank_codes[self.settings.name][self._unscored :]
+        zeros_PH = hidden_BLH.new_zeros(len(codes_PD), hidden_BLH.shape[-1])
+        loss_D, correct_D = sum_over_chunks(self._score, self.chunk, zeros_PH, codes_PD)
+        times = batch.blanks
+        return TermSums(
+            sums.loss_sum_D + times * loss_D, sums.targets + times * len(codes_PD), sums.correct_D + times * correct_D
+        )
+
+    @property
+    def _unscored(self) -> int:
+        """Cells at the start of an image that no hidden state of the image comes before."""
+        return 0 if self.settings.shift == "none" else 1
+
+    def score(
+        self,
+        hidden_BLH: Tensor,
+        view_position: Tensor,
+        codes: Tensor | None,
+        mask: Tensor,
+        base_view: Tensor | None = None,
+    ) -> TermSums:
+        """The sums of hidden states (B, L, H) whose image positions (V, P) have codes int64 (V, P, D)."""
+        index, codes_ND, count = select_targets(view_position, mask, codes, self.depth, self.settings.shift, base_view)
         hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, index)
         loss_D, correct_D = sum_over_chunks(self._score, self.chunk, hidden_NH, codes_ND)
-        return loss_D, count, correct_D
+        return TermSums(loss_D, count, correct_D)
 
+    @override
     def count_targets(self, batch: Batch) -> int:
-        return count_visual_targets(batch, self.shift)
+        blank_codes = batch.blank_codes.get(self.settings.name, ())
+        blanks = batch.blanks * len(blank_codes[self._unscored :])
+        return count_visual_targets(batch, self.settings.shift) + blanks
+
+    @override
+    def flops_per_target(self) -> Forward:
+        return self.visual_head.forward_flops()
+
+    @override
+    def facts(self) -> dict[str, Any]:
+        return {
+            **self.settings.model_dump(mode="json", exclude={"manifests"}),
+            "residual": self.residual,
+            "codebook_sizes": list(self.visual_head.codebook_sizes),
+            "codebook_sha256": self.codebook_sha256,
+        }
 
     def _score(self, hidden_NH: Tensor, codes_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Summed float32 cross-entropy (D,) and correct predictions int64 (D,) of one chunk."""

@@ -1,0 +1,67 @@
+"""The memory that is estimated against what autograd keeps, and the arithmetic of the ZeRO stages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from train_stage.memory import activations, checkpoint_bytes, estimate, layer_bytes
+
+TOKENS = 512
+
+
+def kept_bytes(layers: int, dtype: torch.dtype, **changes: int) -> tuple[int, LlamaConfig]:
+    """Bytes of distinct memory, weights left out, that a Llama's forward pass keeps for its backward pass."""
+    config = LlamaConfig(
+        **{
+            "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": layers, "num_attention_heads": 8,
+            "vocab_size": 64, **changes,
+        }
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype).model
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # holding it keeps its address its own
+        return tensor
+
+    inputs = torch.randn(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(inputs_embeds=inputs, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), config
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_a_layer_keeps_about_what_is_estimated(dtype: torch.dtype, bytes_each: int) -> None:
+    few, _ = kept_bytes(1, dtype)
+    many, config = kept_bytes(3, dtype)
+    assert layer_bytes(config, bytes_each) == pytest.approx((many - few) / 2 / TOKENS, rel=0.02)
+
+
+def test_recomputing_keeps_an_input_a_layer() -> None:
+    _, config = kept_bytes(3, torch.float32)
+    all_of_it = activations(config, TOKENS, 0, bytes_each=4, recompute=False)
+    little = activations(config, TOKENS, 0, bytes_each=4, recompute=True)
+    assert all_of_it == 3 * TOKENS * layer_bytes(config, 4)
+    assert little == TOKENS * (3 * 256 * 4 + layer_bytes(config, 4))
+
+
+def test_zero_divides_states_then_gradients_then_weights() -> None:
+    def of(stage: int, *, offload: bool = False) -> tuple[float, float, float, float]:
+        own = estimate(1000, 500, bytes_each=2, stage=stage, offload=offload, gpus=4, activations=7)
+        assert own.total == own.weights + own.gradients + own.states + 7
+        return own.weights, own.gradients, own.states, own.host
+
+    assert of(1) == (2000, 500 * 6, 500 * 12 / 4, 0)
+    assert of(2) == (2000, 500 * 6 / 4, 500 * 12 / 4, 0)
+    assert of(3) == (500, 500 * 6 / 4, 500 * 12 / 4, 0)
+    assert of(2, offload=True) == (2000, 500 * 6 / 4, 0, 500 * 12 / 4)
+    in_float32 = estimate(1000, 500, bytes_each=4, stage=1, offload=False, gpus=1, activations=0)
+    assert in_float32.gradients == 500 * 4
+
+
+def test_a_checkpoint_has_states_of_what_trains_and_weights_of_what_is_carried() -> None:
+    assert checkpoint_bytes(trained=10, carried=30, bytes_each=2) == 10 * 14 + 30 * 2

@@ -1,0 +1,134 @@
+"""Which settings of DeepSpeed's JSON a recipe may give, and why not the others. Torch-free, and DeepSpeed-free.
+
+DeepSpeed passes over a top-level key that it does not know, so a slip of the pen would go unnoticed. Here every key that
+DeepSpeed 0.19 reads stands in one of four tables, and any other one is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+DERIVED: dict[str, str] = {
+    "train_batch_size": "the phase's batch_size",
+    "train_micro_batch_size_per_gpu": "the phase's micro_batch_tokens",
+    "gradient_accumulation_steps": "batch_size, micro_batch_tokens and the number of ranks",
+    "optimizer": "the phase's lr and weight_decay (the optimizer is torch.optim.AdamW)",
+    "zero_allow_untested_optimizer": "the phase's lr and weight_decay (the optimizer is torch.optim.AdamW)",
+    "zero_force_ds_cpu_optimizer": "the phase's lr and weight_decay (the optimizer is torch.optim.AdamW)",
+    "scheduler": "the phase's lr and warmup_ratio (linear warm-up, then cosine)",
+    "gradient_clipping": "the phase's clip",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "fp16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+    "activation_checkpointing": "recompute_activations",
+    "managed_gradient_accumulation": "batch_size and micro_batch_tokens",
+    "gradient_allreduce_op": "batch_size (a step's gradients are summed)",
+    "steps_per_print": "log_every",
+    "checkpoint": "save_every and keep_last",
+    "datastates_ckpt": "save_every and keep_last",
+    "nebula": "save_every and keep_last",
+    "dataloader_drop_last": "batch_size (the last step of an epoch may be smaller)",
+}
+"""Settings that the configuration decides, and the field that decides each."""
+
+FOREIGN: dict[str, str] = {
+    **dict.fromkeys(("curriculum_learning", "data_efficiency"), "changes the order of the samples"),
+    **dict.fromkeys(
+        (
+            "compile",
+            "compression_training",
+            "eigenvalue",
+            "progressive_layer_drop",
+            "quantize_training",
+            "sparse_attention",
+            "weight_quantization",
+        ),
+        "changes the model",
+    ),
+    **dict.fromkeys(
+        (
+            "expert_parallel",
+            "graph_harvesting",
+            "hybrid_engine",
+            "pipeline",
+            "seq_parallel_communication_data_type",
+            "sequence_parallel_size",
+            "sparse_gradients",
+            "tensor_parallel",
+            "use_data_before_expert_parallelism",
+            "vocabulary_size",
+        ),
+        "is for models that are cut in other ways than by ZeRO",
+    ),
+    **dict.fromkeys(("autotuning", "elasticity"), "is for DeepSpeed's own launcher"),
+}
+"""Settings of DeepSpeed that this trainer cannot honour, and what is wrong with each."""
+
+WATCHING = frozenset(
+    {
+        "aio",
+        "comet",
+        "comms_logger",
+        "csv_monitor",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "log_level",
+        "memory_breakdown",
+        "tensorboard",
+        "timers",
+        "wall_clock_breakdown",
+        "wandb",
+    }
+)
+"""Settings that are passed on and change no number, so a run may resume with others."""
+
+DECIDING = frozenset(
+    {
+        "communication_data_type",
+        "disable_allgather",
+        "gradient_predivide_factor",
+        "prescale_gradients",
+        "zero_optimization",
+    }
+)
+"""Settings that are passed on and may change numbers."""
+
+STAGES = (1, 2, 3)
+
+
+def stage_of(settings: dict[str, Any]) -> int:
+    """The ZeRO stage that settings ask for: 1 unless they say otherwise."""
+    return int(settings.get("zero_optimization", {}).get("stage", 1))
+
+
+def check(settings: dict[str, Any]) -> None:
+    """ValueError for the first key that cannot be given, with what to do instead."""
+    for key in settings:
+        if key in DERIVED:
+            raise ValueError(f"deepspeed.{key} is derived from {DERIVED[key]}; remove it")
+        if key in FOREIGN:
+            raise ValueError(f"deepspeed.{key} {FOREIGN[key]}, which this trainer does not support; remove it")
+        if key not in WATCHING | DECIDING:
+            near = difflib.get_close_matches(key, WATCHING | DECIDING, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(WATCHING | DECIDING))}"
+            raise ValueError(f"deepspeed.{key} is no setting that DeepSpeed reads: {hint}")
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 1) not in STAGES:
+        raise ValueError("deepspeed.zero_optimization.stage is 1, 2 or 3")
+
+
+def that_decide(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must have in common with the run before.
+
+    Of `zero_optimization` those are the stage, which DeepSpeed cannot change, and what is offloaded, because the
+    optimizer then computes elsewhere; sizes of buckets and the like may change.
+    """
+    decide = {key: value for key, value in settings.items() if key in DECIDING - {"zero_optimization"}}
+    zero = settings.get("zero_optimization", {})
+    offloaded = {key: zero[key].get("device") for key in ("offload_optimizer", "offload_param") if zero.get(key)}
+    return {**decide, "zero_optimization": {"stage": stage_of(settings), **offloaded}}
