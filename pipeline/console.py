@@ -114,15 +114,18 @@ class LineHandler(logging.StreamHandler[Any]):
 
 LOG = LineHandler()
 
+PACKAGES = ("manifests", "tokenize_stage", "train_stage", "pipeline")
+"""Whose messages a command shows."""
+
 
 def set_up_streams() -> None:
     """Log the project's own messages to standard error, and let no unprintable character end the command."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    LOG.setStream(sys.stderr)
+    LOG.stream = sys.stderr  # not setStream, which flushes the one before: a line is flushed as it is written
     LOG.setFormatter(_OneLine())
-    for package in ("manifests", "tokenize_stage", "train_stage", "pipeline"):
+    for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.setLevel(logging.INFO)
         logger.propagate = False

@@ -10,32 +10,64 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manifests.errors import EXIT_CODES, AsvrError, EnvironmentProblem, RecipeError, TrainingStopped
-from manifests.storage import Store
+from manifests.errors import EXIT_CODES, AsvrError, EnvironmentProblem, RankLost, RecipeError, TrainingStopped
+from manifests.local_store import LocalStore
 from pipeline.console import plain, write_line
 from pipeline.extras import needs, require
-from pipeline.ranks import RankError, run_ranks
+from pipeline.launchers import Launcher, find_program
+from pipeline.ranks import RankError, run_program, run_ranks
 
 if TYPE_CHECKING:
     from train_stage.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
+HERE = Launcher()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where this call ends although there is more to do: after so many steps, or so many minutes after its start."""
+
+    max_steps: int | None = None
+    minutes: float | None = None
+
+    def options(self) -> list[str]:
+        """The same, as options of `asvr train` and of `python -m train_stage`."""
+        steps = [] if self.max_steps is None else ["--max-steps", str(self.max_steps)]
+        return [*steps, *([] if self.minutes is None else ["--time-limit", str(self.minutes)])]
+
+
+UNLIMITED = Limits()
+
 CONFIG_NAME = "config.json"
 """The resolved configuration in the run's folder, which every rank reads."""
 
 
-def train(config: TrainConfig, *, phase: str | None = None, ranks: int | None = None) -> int:
+def train(
+    config: TrainConfig,
+    *,
+    phase: str | None = None,
+    launcher: Launcher = HERE,
+    asvr: Sequence[str] = (),
+    limits: Limits = UNLIMITED,
+    dry_run: bool = False,
+) -> int:
     """Run the phases of `config` that are not finished and return the exit code; with `phase`, none after that one.
 
-    Starts `ranks` processes on this machine, by default one per GPU. Where a launcher (torchrun, deepspeed, Slurm with
-    its variables exported) has already set RANK and WORLD_SIZE, this process is one of its ranks and trains itself.
-    Raises RecipeError for an unknown phase, EnvironmentProblem when a package or a GPU is missing, LeaseHeld when the
-    run is being trained already, StorageError when its folder cannot be written.
+    A run that one of the `limits` ends is saved. The ranks are started by `launcher`; `asvr` are the arguments, with
+    the same limits, of the command by which another program starts one. Where a launcher has already set RANK and
+    WORLD_SIZE, this process is one of its ranks and trains itself. With `dry_run` the command is printed, and nothing
+    is started or written.
+    Raises RecipeError for an unknown phase, EnvironmentProblem when a package, program or GPU is missing, LeaseHeld when
+    the run is being trained already, StorageError when its folder cannot be written.
     """
+    from train_stage.__main__ import WATCHED
     from train_stage.checkpoint import is_finished
 
     config = until_phase(config, phase)
@@ -45,37 +77,72 @@ def train(config: TrainConfig, *, phase: str | None = None, ranks: int | None = 
     require("train")
     environment = rank_environment(os.environ)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _train_here(config, environment)
+        return _train_here(config, environment, limits)
     gpus = count_gpus(environment)
-    count = ranks or max(gpus, 1)
-    if gpus and count > gpus:
-        raise EnvironmentProblem(f"--nproc {count} is more than the {gpus} GPU(s) of this machine; give at most {gpus}")
-    if not gpus:
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    _check_resumable(config, count)
-    path = write_config(config)
-    try:
-        run_ranks([sys.executable, "-m", "train_stage", str(path)], count, environment)
-    except RankError as failure:
-        return explain(failure, path.parent)
+    if launcher.program != "slurm":  # whose nodes are others than this one
+        if not gpus:
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+        share = len(os.sched_getaffinity(0)) // launcher.ranks_here(gpus)
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    if dry_run:
+        for line in launcher.lines(asvr, gpus=gpus, environment=environment):
+            write_line(plain(line))
+        return 0
+    _check_resumable(config)
+    if launcher.program == "local":
+        path = write_config(config)
+        try:
+            command = [sys.executable, "-m", "train_stage", str(path), *limits.options()]
+            run_ranks(command, launcher.ranks_here(gpus), environment | {WATCHED: "1"})
+        except RankError as failure:
+            return explain(failure, path.parent)
+    else:
+        program, *rest = launcher.command(asvr, gpus=gpus, environment=environment)
+        code = run_program([find_program(program, environment), *rest], environment)
+        if code:
+            return _explain_program(program, code, config)
+    if not is_finished(config):
+        write_line(plain(f"{config.output}: stopped after --max-steps {limits.max_steps}; the same command goes on"))
+        return 0
     names = ", ".join(each.name for each in config.phases)
     write_line(plain(f"{names}: trained in {config.output}; asvr export {config.output} writes the model"))
     return 0
 
 
-def export(run: Path, output: Path | None = None) -> Path:
+def arguments(
+    recipe: Path, overrides: Sequence[str] = (), phase: str | None = None, limits: Limits = UNLIMITED
+) -> list[str]:
+    """The arguments by which another program starts `asvr train` as a rank, in whatever folder."""
+    given = [part for override in overrides for part in ("--set", override)]
+    return ["train", str(recipe.absolute()), *given, *(["--phase", phase] if phase else []), *limits.options()]
+
+
+def _explain_program(program: str, code: int, config: TrainConfig) -> int:
+    """The exit code for a launcher that failed. Some hand on that of a rank, which has said why; torchrun says 1 always."""
+    if code < 0:
+        return explain(RankError(0, code), Path(config.output))
+    if code != 1 and code in EXIT_CODES:
+        return code
+    raise TrainingStopped(
+        f"{program} ended with exit code {code}, and what its ranks said stands above; the same command resumes from "
+        f"{config.output}"
+    )
+
+
+def export(run: Path, output: Path | None = None, *, config: TrainConfig | None = None) -> Path:
     """Write the newest checkpoint of the run in `run` as a plain Hugging Face folder, by default `run/export`.
 
-    The run may have been moved since it was trained. Raises InputError when it has no configuration or checkpoint.
+    The run may have been moved since it was trained; `config` is by default what it was trained with last. Raises
+    InputError when it has no configuration or checkpoint.
     """
     from train_stage.__main__ import read_config
 
     output = output or run / "export"
-    config = read_config(run / CONFIG_NAME).model_copy(update={"output": str(run)})
+    config = (config or read_config(run / CONFIG_NAME)).model_copy(update={"output": str(run)})
     with needs("train"):
         from transformers.utils.logging import disable_progress_bar
 
+        from pipeline.model_card import write_card
         from train_stage.export import export_llava
         from train_stage.trained import load_trained
 
@@ -87,7 +154,9 @@ def export(run: Path, output: Path | None = None) -> Path:
             trained.geometry,
             output,
             chat_template=trained.chat_template,
-            codebook_sha256=trained.codebook_sha256,
+            stop_tokens=trained.stop_tokens,
+            made_from=trained.origin,
+            card=write_card(config, trained.phase.name, trained.step),
         )
     state = "its last" if trained.final else "not its last: the run is unfinished"
     log.info("phase %s, step %d (%s)", trained.phase.name, trained.step, state)
@@ -104,19 +173,19 @@ def until_phase(config: TrainConfig, phase: str | None) -> TrainConfig:
     return config.model_copy(update={"phases": config.phases[: names.index(phase) + 1]})
 
 
-def _check_resumable(config: TrainConfig, ranks: int) -> None:
+def _check_resumable(config: TrainConfig) -> None:
     """Raise TrainingStopped, before anything is started or written, where a checkpoint was made by another configuration."""
     from train_stage.checkpoint import check_fits, newest, settings_of
 
     for phase in config.phases:
         checkpoint = newest(config.phase_folder(phase.name))
         if checkpoint is not None:
-            check_fits(checkpoint, settings_of(config, phase.name), ranks)
+            check_fits(checkpoint, settings_of(config, phase.name))
 
 
 def write_config(config: TrainConfig) -> Path:
     """Write OUTPUT/config.json, whole or not at all, and return its path; LeaseHeld while a run is using it."""
-    store = Store.open(config.output)
+    store = LocalStore(Path(config.output))
     with store.lease("train"):
         store.write(CONFIG_NAME, (config.model_dump_json(indent=2) + "\n").encode())
     return store.path(CONFIG_NAME)
@@ -146,27 +215,35 @@ def count_gpus(environment: dict[str, str]) -> int:
     return int(answer.stdout)
 
 
-def _train_here(config: TrainConfig, environment: dict[str, str]) -> int:
+def _train_here(config: TrainConfig, environment: dict[str, str], limits: Limits) -> int:
     """Be the rank that a launcher made of this process. Ranks read a copy of their own: rank 0's is for people."""
     os.environ.update(environment)
     from train_stage.__main__ import main
 
     if os.environ["RANK"] == "0":
         with contextlib.suppress(AsvrError):  # the ranks find it again, and stop together
-            _check_resumable(config, int(os.environ["WORLD_SIZE"]))
+            _check_resumable(config)
             write_config(config)
     with tempfile.TemporaryDirectory(prefix="asvr-") as folder:
         path = Path(folder) / CONFIG_NAME
         path.write_text(config.model_dump_json(), encoding="utf-8")
-        return main([str(path)])
+        return main([str(path), *limits.options()])
 
 
 def explain(failure: RankError, run: Path) -> int:
-    """The exit code for the rank that ended the run; what ended one that could not say so itself is said here."""
+    """The exit code for the rank that ended the run; RankLost, said here, for one that could not say so itself."""
+    resume = f"the same command resumes from {run}"
+    if failure.code is None:
+        raise RankLost(
+            f"rank {failure.rank} did not answer the others for longer than timeout_seconds and was ended: see whether its "
+            f"GPU, network and disks work; {resume}"
+        )
+    if failure.code == RankLost.exit_code:
+        raise RankLost(f"the ranks waited for each other for longer than timeout_seconds; {resume}")
     if failure.code > 0:
         return failure.code if failure.code in EXIT_CODES else 1
     if -failure.code in (signal.SIGINT, signal.SIGTERM):
         return 128 - failure.code
     name = signal.Signals(-failure.code).name
     hint = " (the machine ran out of memory, or someone ended it)" if name == "SIGKILL" else ""
-    raise TrainingStopped(f"rank {failure.rank} was ended by {name}{hint}; the same command resumes from {run}")
+    raise RankLost(f"rank {failure.rank} was ended by {name}{hint}; {resume}")

@@ -85,10 +85,12 @@ def parse(text: str, name: str, *, mark: str | None = None) -> Marked:
         marked = Marked()
         marked.value = _Builder(loader, name, mark, marked.marks).build(node, ())
     except yaml.MarkedYAMLError as error:
-        at = error.problem_mark or error.context_mark
+        # What is scanned, a key or a quoted text, is wrong where it begins; it is noticed lines later.
+        scanned = error.context_mark if (error.context or "").startswith("while scanning") else None
+        at = scanned or error.problem_mark or error.context_mark
         where = mark or (f"{name}:{at.line + 1}" if at else name)
         problem = " ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(f"{where}: not valid YAML: {problem}") from None
+        raise RecipeError(f"{where}: not valid YAML: {problem}{_remedy(problem)}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, int(error.position)) + 1
         character = ord(error.character) if isinstance(error.character, str) else error.character
@@ -97,6 +99,13 @@ def parse(text: str, name: str, *, mark: str | None = None) -> Marked:
         if loader is not None:
             loader.dispose()
     return marked
+
+
+def _remedy(problem: str) -> str:
+    """What to do about the two slips that YAML's own words do not name."""
+    if "\\t" in problem:
+        return "; indent with spaces, not tabs"
+    return "; write `key: value`, with a space after the colon" if "could not find expected ':'" in problem else ""
 
 
 class _Builder:

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -40,29 +40,37 @@ class ProgressLine:
         self._last = ""
         self._finished = False
 
-    def update(self, done: int, total: int, rejected: int = 0) -> None:
-        """Say that `done` of `total` are finished, `rejected` of them as rejects; shown only as often as is useful."""
+    def update(
+        self, done: int, total: int, rejected: int = 0, *, rate: float | None = None, notes: Sequence[str] = ()
+    ) -> None:
+        """Say that `done` of `total` are finished, `rejected` of them as rejects; shown only as often as is useful.
+
+        `rate` (a second) is the caller's own, if it knows better; `notes` follow it on the line.
+        """
         now = self.clock()
         if self._seen and done < self._seen[-1][1]:
             self._seen.clear()
         self._seen.append((now, done))
         while len(self._seen) > 2 and now - self._seen[0][0] > RATE_SECONDS:
             self._seen.popleft()
-        self._last = self._text(done, total, rejected)
+        self._last = self._text(done, total, rejected, self._rate() if rate is None else rate, notes)
         finished = done >= total and not self._finished
         self._finished = done >= total
         if finished or now - self._shown_at >= (LIVE_SECONDS if self.live else LOG_SECONDS):
             self._shown_at = now
             self._show()
 
-    def _text(self, done: int, total: int, rejected: int) -> str:
+    def _rate(self) -> float:
         (start, first), (now, last) = self._seen[0], self._seen[-1]
-        rate = (last - first) / (now - start) if now > start else 0.0
+        return (last - first) / (now - start) if now > start else 0.0
+
+    def _text(self, done: int, total: int, rejected: int, rate: float, notes: Sequence[str]) -> str:
         parts = [f"{self.title}: {done:,}/{total:,} {self.noun}"]
         if total:
             parts[0] += f" ({100 * done // total}%)"
         if rate > 0:
             parts.append(f"{rate:,.1f} {self.noun}/s")
+        parts += notes
         if rejected:
             parts.append(f"{rejected:,} rejected")
         if rate > 0 and done < total:

@@ -1,12 +1,12 @@
 """The recipe: one YAML file that describes a whole run, composed of the stages' own configuration models.
 
-Top-level keys: `codebooks:` (name -> CodebookConfig), `tokenize:` (name -> TokenSetConfig), `train:` (TrainConfig).
+Top-level keys: `codebooks:` (name -> CodebookConfig), `tokenize:` (name -> TokenSetConfig), `train:` (TrainConfig); or
+`extends:` (another recipe of the folder) and `set:` (dotted key -> value), which is that recipe with these values put in.
 Only the models that a command needs are imported. Every error is one sentence that starts with 'file:line: dotted.key'.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from manifests.errors import RecipeError
 from manifests.paths import Location
 from pipeline.config_shape import known_keys, resolve_locations
 from pipeline.marked_yaml import MAX_BYTES, Marked, Path, parse
+from pipeline.overlay import EXTENDS, choices, put, put_all, short
 
 if TYPE_CHECKING:
     from tokenize_stage.config import CodebookConfig, TokenSetConfig
@@ -79,6 +80,10 @@ class Recipe:
             raise RecipeError(f"{self.file} has no train: section, so there is nothing to train")
         return self._build(TrainConfig, ("train",))
 
+    def has(self, section: str) -> bool:
+        """Whether the recipe has something in a section."""
+        return bool(self.marked.value.get(section))
+
     def _section(self, name: str) -> dict[str, Any]:
         section = self.marked.value.get(name)
         if section is None:
@@ -93,17 +98,16 @@ class Recipe:
             raise RecipeError(f"{self.file} has no {section}: section, so there is nothing to do")
         for name in only:
             if name not in names:
-                raise RecipeError(
-                    f"--only {name}: {self.file} has no such entry in {section}:; {_choices(name, names)}"
-                )
+                raise RecipeError(f"--only {name}: {self.file} has no such entry in {section}:; {choices(name, names)}")
         return [name for name in names if not only or name in only]
 
     def _distinct_outputs(self, section: str) -> None:
-        seen: dict[FilePath, str] = {}
+        seen: dict[str, str] = {}
         for name, settings in self._section(section).items():
             output = settings.get("output") if isinstance(settings, dict) else None
             if isinstance(output, str):
-                other = seen.setdefault(self._absolute(output).resolve(), name)
+                place = output.rstrip("/") if "://" in output else str(self._absolute(output).resolve())
+                other = seen.setdefault(place, name)
                 if other != name:
                     self.refuse((section, name, "output"), f"is the output of {other} too; give each its own folder")
 
@@ -129,9 +133,9 @@ class Recipe:
                 output = sets[text].get("output") if isinstance(sets[text], dict) else None
                 if not isinstance(output, str):
                     self.refuse(at, f"the token set {text} has no output folder")
-                return self._locate(output, Location.LOCAL, ("tokenize", text, "output"))
+                return self._locate(output, Location.STORE, ("tokenize", text, "output"))
             if re.fullmatch(r"[\w-]+", text) and not (self.file.parent / text).exists():
-                self.refuse(at, f"there is neither a token set nor a folder {text!r}; {_choices(text, list(sets))}")
+                self.refuse(at, f"there is neither a token set nor a folder {text!r}; {choices(text, list(sets))}")
         if not text.strip() or "\0" in text:
             self.refuse(at, "a path cannot be empty or hold a NUL character")
         if text.startswith("file:///"):
@@ -139,11 +143,22 @@ class Recipe:
         if location is Location.HUB and text.startswith("hf://"):
             return text
         if "://" in text:
-            self.refuse(at, f"{_short(text)} is not on a local disk, which is all that is supported so far")
+            if location not in (Location.STORE, Location.MANIFEST):
+                self.refuse(at, f"{short(text)} is not on a local disk, where this has to be")
+            return self._url(text, at)
         path = self._absolute(text)
         if location is Location.HUB and _HUB_ID.fullmatch(text) and not path.exists():
             return text
         return str(path)
+
+    def _url(self, text: str, at: Path) -> str:
+        """A URL as it is; one with credentials is refused, and they are not repeated."""
+        if "@" in text.partition("://")[2].partition("/")[0]:
+            mark = self.marked.mark(at) or str(self.file)
+            where = "--set" if mark.startswith("--set") else mark  # which would repeat them
+            dotted = ".".join(map(str, at))
+            raise RecipeError(f"{where}: {dotted}: a URL must not hold credentials; set them in the environment")
+        return text.rstrip("/")
 
     def _absolute(self, text: str) -> FilePath:
         """The path that `text` means, seen from the recipe's folder: `..` taken out, links not followed."""
@@ -151,7 +166,7 @@ class Recipe:
 
     def refuse(self, path: Path, sentence: str) -> NoReturn:
         """Raise RecipeError: what `sentence` says of the value at `path`."""
-        dotted = ".".join(_short(part) if isinstance(part, str) else str(part) for part in path)
+        dotted = ".".join(short(part) if isinstance(part, str) else str(part) for part in path)
         where = self.marked.mark(path) or str(self.file)
         said = where.startswith(f"--set {dotted}=")
         raise RecipeError(f"{where}: {sentence}" if said else f"{where}: {dotted}: {sentence}")
@@ -163,18 +178,35 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Checks syntax and the top-level keys; the sections are checked when they are asked for. Raises RecipeError.
     """
     file = FilePath(path)
-    marked = parse(_read(file), str(file))
-    if marked.value is None:
-        raise RecipeError(f"{file} is empty; a recipe has the keys {', '.join(SECTIONS)}")
-    if not isinstance(marked.value, dict):
-        raise RecipeError(f"{file}:1: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
+    marked = _parse(file)
     recipe = Recipe(file, marked)
     for override in overrides:
         _override(marked, override)
     for key in marked.value:
         if key not in SECTIONS:
-            recipe.refuse((key,), f"unknown key; {_choices(key, SECTIONS)}")
+            recipe.refuse((key,), f"unknown key; {choices(key, SECTIONS)}")
     return recipe
+
+
+def _parse(file: FilePath, extending: tuple[FilePath, ...] = ()) -> Marked:
+    """The recipe in `file`; with `extends:`, the recipe beside it that is named there, changed as `set:` says."""
+    marked = parse(_read(file), str(file))
+    if marked.value is None:
+        raise RecipeError(f"{file} is empty; a recipe has the keys {', '.join(SECTIONS)}")
+    if not isinstance(marked.value, dict):
+        raise RecipeError(f"{file}:1: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
+    if EXTENDS not in marked.value:
+        return marked
+    name, where = marked.value[EXTENDS], marked.mark((EXTENDS,))
+    # Of the same folder, so that relative paths in both mean the same.
+    if not isinstance(name, str) or FilePath(name).name != name:
+        raise RecipeError(f"{where}: extends: must be the name of a recipe in the same folder, but is {short(name)}")
+    base = file.parent / name
+    if base in (file, *extending):
+        raise RecipeError(f"{where}: extends: {name} extends itself in the end")
+    if not base.is_file():
+        raise RecipeError(f"{where}: extends: there is no recipe {short(str(base))}")
+    return put_all(_parse(base, (file, *extending)), marked, str(file))
 
 
 def _read(file: FilePath) -> str:
@@ -188,7 +220,7 @@ def _read(file: FilePath) -> str:
     except FileNotFoundError:
         raise RecipeError(f"{file}: there is no such recipe file") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{_short(str(file))}: the recipe cannot be read: {error}") from None
+        raise RecipeError(f"{short(str(file))}: the recipe cannot be read: {error}") from None
     if len(data) > MAX_BYTES:
         raise RecipeError(f"{file} is longer than {MAX_BYTES // 1024} KiB, which no recipe is")
     try:
@@ -199,43 +231,13 @@ def _read(file: FilePath) -> str:
 
 
 def _override(marked: Marked, override: str) -> None:
-    """Put the value of one --set into `marked`; list elements are named by number, or by their `name`."""
-    flag = f"--set {_short(override)}"
+    """Put the value of one --set into `marked`."""
+    flag = f"--set {short(override)}"
     dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
+    if not equals:
         raise RecipeError(f"{flag}: expected dotted.key=value, as in --set tokenize.vqa.unit_size=128")
     given = parse(text, "", mark=flag)
-    at: Path = ()
-    value = marked.value
-    for depth, key in enumerate(keys):
-        if isinstance(value, list):
-            part: str | int = _element(value, key, f"{flag}: {'.'.join(keys[:depth])}")
-        elif isinstance(value, dict):
-            part = key
-        else:
-            raise RecipeError(f"{flag}: {'.'.join(keys[:depth])} is {_short(value)} and has no keys to set")
-        at = (*at, part)
-        if depth == len(keys) - 1:
-            value[part] = given.value
-        elif isinstance(value, dict) and value.get(key) is None:
-            value[part] = {}
-            marked.marks[at] = flag
-        value = value[part]
-    for old in [path for path in marked.marks if path[: len(at)] == at]:
-        del marked.marks[old]
-    marked.marks.update({(*at, *path): mark for path, mark in given.marks.items()})
-    marked.marks[at] = flag
-
-
-def _element(values: list[Any], key: str, where: str) -> int:
-    names = [value.get("name") if isinstance(value, dict) else None for value in values]
-    if key in names:
-        return names.index(key)
-    if key.isascii() and key.isdecimal() and int(key[:9]) < len(values):
-        return int(key)
-    known = [name for name in names if isinstance(name, str)]
-    raise RecipeError(f"{where} has {len(values)} elements and none is {_short(key)}; {_choices(key, known)}")
+    put(marked, dotted, given.value, given.marks, flag)
 
 
 def _describe(detail: Any, model: type[BaseModel], raw: Any) -> tuple[Path, str]:
@@ -250,32 +252,18 @@ def _describe(detail: Any, model: type[BaseModel], raw: Any) -> tuple[Path, str]
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         present = known_keys(model, raw, path[:-1])
-        return path, f"unknown key; {_choices(str(path[-1]), present)}"
+        key, colon, _ = str(path[-1]).partition(":")
+        if colon and key in present:
+            return path, f"unknown key; write a space after the colon of {key}:"
+        return path, f"unknown key; {choices(str(path[-1]), present)}"
     if kind == "missing":
         return (*path, str(detail["loc"][-1])), "required key is missing"
     if kind == "union_tag_not_found":
         return (*path, context["discriminator"].strip("'")), "required key is missing"
     if kind == "union_tag_invalid":
         key = context["discriminator"].strip("'")
-        return (*path, key), f"{_short(context['tag'])} is not one of {context['expected_tags']}"
+        return (*path, key), f"{short(context['tag'])} is not one of {context['expected_tags']}"
     if kind == "value_error":
         return path, str(context["error"])
     wanted = _WANTED.get(kind) or detail["msg"][0].lower() + detail["msg"][1:]
-    return path, f"{wanted.replace('input should', 'must')}, but is {_short(detail['input'])}"
-
-
-def _choices(wrong: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(wrong[:100], names, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"it has {', '.join(map(_short, names))}" if names else "there are none"
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    """`value` for a message: text as it is, anything else as Python writes it, cut to `limit` characters."""
-    if isinstance(value, (dict, list)):
-        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
-    if value is None:
-        return "empty"
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return path, f"{wanted.replace('input should', 'must')}, but is {short(detail['input'])}"

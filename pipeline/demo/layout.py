@@ -61,8 +61,8 @@ class Layout:
         return self.folder / "answers.json"
 
     @property
-    def pictures(self) -> Path:
-        return self.folder / "pictures.png"
+    def report(self) -> Path:
+        return self.run / "report.html"
 
     @property
     def summary(self) -> Path:

@@ -1,57 +1,40 @@
-"""The end of the demo: the sheet of pictures beside their codes, and the lines that say what came of it."""
+"""The end of the demo: the page to look at, and the lines that say what came of it."""
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
-from manifests.decode import decode
 from manifests.reader import open_manifest
 from manifests.storage import Store
 from pipeline.console import plain, write_line, write_table
 from pipeline.demo.dataset import load_training_questions, prior_accuracy
 from pipeline.demo.held_out import Result
 from pipeline.demo.layout import Layout
-from pipeline.demo.pictures import Row, draw_sheet
-from pipeline.progress import duration
+from pipeline.progress import ProgressLine, duration
+from pipeline.report.build import write_report
+from pipeline.report.runs import ANSWERS
 
-PICTURES = 12
-"""Held-out images on the sheet."""
+PICTURES = 200
+"""Images on the page, those that were asked about first."""
 
-LINES = 4
-"""Questions beside each of them."""
+ENOUGH_IMAGES = 1000
+"""With fewer the summary says that a low accuracy is no fault."""
 
 
-def draw_pictures(place: Layout, result: Result) -> None:
-    """Write `place.pictures`: the first held-out images that were asked about, their codes and some answers."""
-    opened = open_manifest(place.tokens)
-    rows, columns = opened.tokenizer.grid
-    asked: dict[str, list[str]] = {}
-    for question, said, right in zip(result.questions, result.answers, result.correct, strict=True):
-        verdict = "" if right else f" (wrong: {question.answer})"
-        asked.setdefault(question.image, []).append(f"{question.question} {said or '(nothing)'}{verdict}")
-    names = sorted(asked, key=lambda name: (-min(LINES, len(asked[name])), len(name), name))[:PICTURES]
-    codes = opened.read_codes(names)
-    sheet = draw_sheet(
-        [
-            Row(
-                decode((place.images / name).read_bytes()),
-                views_VPD[0].reshape(rows, columns, -1).astype(np.int64),
-                [name, *asked[name][:LINES]],
-            )
-            for name, views_VPD in zip(names, codes, strict=True)
-        ],
-        opened.codebooks(),
-    )
-    encoded = io.BytesIO()
-    sheet.save(encoded, format="PNG")
-    Store.open(place.folder).write(place.pictures.name, encoded.getvalue())
+def write_page(place: Layout, result: Result) -> None:
+    """Write `place.report`, what `asvr report` says of the run; the answers go where it looks for them."""
+    rows = [
+        {"image": asked.image, "question": asked.question, "expected": asked.answer, "answer": said, "correct": right}
+        for asked, said, right in zip(result.questions, result.answers, result.correct, strict=True)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    Store.open(place.run).write(ANSWERS.as_posix(), lines.encode())
+    with ProgressLine("report") as line:
+        write_report(str(place.run), images=PICTURES, to=place.report, progress=line.update)
 
 
 def summarise(place: Layout, result: Result, seconds: Mapping[str, float]) -> None:
@@ -80,7 +63,7 @@ def summarise(place: Layout, result: Result, seconds: Mapping[str, float]) -> No
         ("checkpoints", place.run, "with a metrics.jsonl for each phase"),
         ("model", place.export, "a plain Hugging Face LLaVA, and visual_head.safetensors"),
         ("answers", place.answers, f"to {len(result.questions):,} questions about {images:,} images"),
-        ("pictures", place.pictures, "beside their codes"),
+        ("report", place.report, "to look at: curves, answers, pictures beside their codes"),
     ]
     write_table([(f"  {name}", path, note) for name, path, note in where])
     write_line()
@@ -89,6 +72,8 @@ def summarise(place: Layout, result: Result, seconds: Mapping[str, float]) -> No
     write_line(
         f"  same answers       {result.same:,} of {len(result.questions):,}  by the export and the model in memory"
     )
+    if manifest.totals.images < ENOUGH_IMAGES:
+        write_line("  So few images teach a model few answers; without --images the demo takes all 5,000.")
     write_line()
     write_line("Next:")
     for note, command in _next_commands(place, result):

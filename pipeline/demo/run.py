@@ -24,7 +24,7 @@ DEFAULT_QUESTIONS = 2000
 FEWEST_IMAGES = 60
 """With fewer there are not enough positions to fit the demo's codebook on."""
 
-STEPS = 6
+STEPS = 7
 
 
 class StepError(Exception):
@@ -66,7 +66,7 @@ def run_demo(folder: Path, *, images: int | None = None, questions: int | None =
     require("demo")
     _quiet_libraries()
     from pipeline.demo import held_out, prepare, report
-    from pipeline.token_sets import tokenize_sets
+    from pipeline.token_sets import Choice, tokenize_sets
 
     place = Layout(folder)
     clock = StepClock()
@@ -75,19 +75,24 @@ def run_demo(folder: Path, *, images: int | None = None, questions: int | None =
     with clock.step("fit the codebook", f"asvr fit-codebook {place.recipe}"):
         _fit(place)
     with clock.step("tokenize the images", f"asvr tokenize {place.recipe}"):
-        tokenize_sets(place.recipe, (), (), replace=False)
+        tokenize_sets(Choice(place.recipe))
     with clock.step("train two phases", f"asvr train {place.recipe}"):
         _train(place)
     with clock.step("export", f"asvr export {place.run}"):
         _export(place)
-    with clock.step("answer held-out questions, draw pictures beside their codes"):
+    with clock.step("answer held-out questions"):
         result = held_out.answer_held_out(place, questions)
-        report.draw_pictures(place, result)
+    with clock.step("make a page to look at", f"asvr report {place.run}"):
+        report.write_page(place, result)
     report.summarise(place, result, clock.seconds)
 
 
 def _quiet_libraries() -> None:
-    """No bars and notices of Hugging Face between the demo's own lines, here and in the processes it starts."""
+    """No bars and notices of libraries between the demo's own lines, here and in the processes it starts."""
+    from pipeline.launch import count_gpus
+
+    if not count_gpus(dict(os.environ)):  # DeepSpeed warns of it wherever transformers imports it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -21,7 +21,7 @@ from pipeline.console import MAX_TEXT, READER_GONE, plain
 from pipeline.progress import ProgressLine, duration
 
 ASVR = [sys.executable, "-m", "pipeline"]
-VERBS = ["tokenize", "fit-codebook", "train", "export", "status", "verify", "demo", "exit-codes", "version"]
+VERBS = ["init", "schema", "tokenize", "fit-codebook", "train", "export", "status", "verify", "retry", "gc", "push", "manifest", "report", "inspect", "demo", "doctor", "exit-codes", "version"]  # fmt: skip
 HEAVY = "{'torch', 'ray', 'transformers', 'deepspeed', 'pyarrow', 'numpy', 'PIL'}"
 
 
@@ -98,7 +98,8 @@ def test_an_error_cannot_act_on_the_terminal(tmp_path: Path) -> None:
 
 
 def test_export_of_nothing_is_one_line(tmp_path: Path) -> None:
-    assert str(tmp_path) in error_of("export", tmp_path, code=4)
+    assert "give the output folder of asvr train" in error_of("export", tmp_path, code=4)
+    assert "neither a run nor an export" in error_of("eval", tmp_path, code=4)
 
 
 @pytest.fixture(scope="module")

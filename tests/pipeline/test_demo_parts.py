@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from manifests.errors import EnvironmentProblem, InputError
-from pipeline.demo import dataset, fetch, pictures, prepare
+from pipeline.demo import dataset, fetch, prepare
 from pipeline.demo.dataset import Question
 from pipeline.demo.folders import new_folder
 from pipeline.demo.layout import Layout
@@ -252,27 +252,6 @@ def test_the_language_model_has_a_real_vocabulary(tmp_path: Path) -> None:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_code_has_one_colour_and_like_vectors_like_colours() -> None:
-    line = np.linspace(0, 1, 50)[:, None] * np.ones((1, 6))
-    colours = pictures.code_colours(line.astype(np.float32))
-    assert len(np.unique(colours[:, 0])) == 50
-    assert np.abs(np.diff(colours[:, 0].astype(int))).max() <= 6
-    assert pictures.code_colours(np.zeros((2, 1), np.float32)).shape == (2, 3)
-    codes = np.array([[0, 7], [7, 0]])
-    drawn = np.asarray(pictures.code_map(codes, colours))
-    half = pictures.TILE // 2
-    np.testing.assert_array_equal(drawn[:half, half:], np.broadcast_to(colours[7], (half, half, 3)))
-    np.testing.assert_array_equal(drawn[half:, half:], drawn[:half, :half])
-
-
-def test_the_sheet_has_a_line_for_each_picture() -> None:
-    row = pictures.Row(np.zeros((8, 8, 3), np.uint8), np.zeros((2, 2, 3), np.int64), ["a question? " * 9])
-    books = [np.eye(4, dtype=np.float32)] * 3
-    one, two = pictures.draw_sheet([row], books), pictures.draw_sheet([row, row], books)
-    assert two.size[0] == one.size[0]
-    assert two.size[1] - one.size[1] > pictures.TILE
-
-
 def test_the_recipe_names_the_places_of_the_layout(tmp_path: Path) -> None:
     place = Layout(tmp_path)
     source = Path(prepare.__file__).with_name(place.recipe.name)
@@ -284,7 +263,7 @@ def test_the_recipe_names_the_places_of_the_layout(tmp_path: Path) -> None:
     (tokens,) = recipe.token_sets().values()
     train = recipe.train()
     assert (codebook.output, codebook.encoder.path) == (place.codebook, str(place.encoder))
-    assert (tokens.output, tokens.tokenizer.path) == (place.tokens, place.codebook)
+    assert (tokens.output, tokens.tokenizer.path) == (str(place.tokens), place.codebook)
     assert tokens.geometry.size == codebook.geometry.size == prepare.VIEW_SIZE
     assert tokens.geometry.mode == codebook.geometry.mode
     assert tokens.engine == "ray"

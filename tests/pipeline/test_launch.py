@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from manifests.errors import EnvironmentProblem, LeaseHeld, RecipeError, TrainingStopped
+from manifests.errors import EnvironmentProblem, LeaseHeld, RankLost, RecipeError, TrainingStopped
 from manifests.storage import Store
 from pipeline import extras, launch
 from pipeline.ranks import RankError, run_ranks
@@ -78,8 +78,12 @@ def test_a_failed_rank_ends_the_others_and_keeps_its_code(tmp_path: Path) -> Non
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
         run_ranks(script(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"), 1, dict(os.environ))
-    with pytest.raises(TrainingStopped, match=r"rank 0 was ended by SIGKILL .* resumes from"):
+    with pytest.raises(RankLost, match=r"rank 0 was ended by SIGKILL .* resumes from"):
         launch.explain(caught.value, tmp_path)
+    with pytest.raises(RankLost, match=r"rank 1 did not answer .* resumes from"):
+        launch.explain(RankError(1, None), tmp_path)
+    with pytest.raises(RankLost, match=r"the ranks waited for each other .* resumes from"):
+        launch.explain(RankError(0, RankLost.exit_code), tmp_path)
     assert launch.explain(RankError(0, 4), tmp_path) == 4
     assert launch.explain(RankError(0, 77), tmp_path) == 1
     assert launch.explain(RankError(1, -signal.SIGTERM), tmp_path) == 143
@@ -133,7 +137,14 @@ def test_a_run_in_progress_keeps_its_configuration(tmp_path: Path) -> None:
 
 
 def save_marker(config: TrainConfig, phase: str, **changes: object) -> None:
-    marker = {"step": 1, "final": True, "world_size": 1, "settings": settings_of(config, phase), **changes}
+    marker = {
+        "step": 1,
+        "final": True,
+        "world_size": 1,
+        "versions": {},
+        "settings": settings_of(config, phase),
+        **changes,
+    }
     folder = config.phase_folder(phase) / "step_1"
     folder.mkdir(parents=True)
     (folder / MARKER).write_text(json.dumps(marker))
@@ -155,9 +166,7 @@ def test_another_configuration_is_refused_before_it_overwrites_the_first(tmp_pat
     save_marker(whole, "pretrain", final=False)
     launch.write_config(whole)
     with pytest.raises(TrainingStopped, match="seed: 0 -> 7"):
-        launch.train(whole.model_copy(update={"seed": 7}), ranks=1)
-    with pytest.raises(TrainingStopped, match=r"was written by 1 rank\(s\) and there are 2 now"):
-        launch.train(whole, ranks=2)
+        launch.train(whole.model_copy(update={"seed": 7}))
     assert TrainConfig.model_validate_json((tmp_path / "run" / "config.json").read_bytes()) == whole
 
 

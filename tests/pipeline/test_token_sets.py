@@ -64,10 +64,26 @@ def test_a_codebook_then_codes_then_nothing_to_do(folder: Path) -> None:
     assert fitted.stdout.splitlines()[1].split() == ["depth", "codes", "used", "perplexity", "error", "left"]
     assert "tiny, depth 2/2: 10/10 steps (100%)" in fitted.stderr
 
+    dry = (
+        "import sys\nfrom pipeline.cli import run\ncode = run(['tokenize', 'r.yaml', '--dry-run'])\n"
+        "sys.exit(code or ', '.join({'torch', 'ray', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    planned = subprocess.run([sys.executable, "-c", dry], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert (planned.returncode, planned.stderr) == (0, ""), planned.stderr
+    assert "tiny: 40 new: 00.png, 01.png, 02.png, ..." in planned.stdout
+    assert not (folder / "tokens").exists()
+
+    trial = asvr(folder, "tokenize", "r.yaml", "--limit", "10")
+    assert trial.returncode == 0, trial.stderr
+    assert "tiny: trial of 16 images in " in trial.stdout
+    assert "at that rate the 24 images that are left take " in trial.stdout
+    assert not (folder / "tokens" / "manifest.json").exists()
+
     first = asvr(folder, "tokenize", "r.yaml")
     assert first.returncode == 0, first.stderr
     assert "40 images, 39 ok, 1 rejected" in first.stdout
     assert "tiny: 40/40 images (100%)" in first.stderr
+    assert "24 new: " in first.stderr
     assert "\x1b" not in first.stdout + first.stderr
     manifest = (folder / "tokens" / "manifest.json").read_bytes()
 
