@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tiny_models
 import tiny_run
 
 from train_stage import checkpoint as checkpoints
-from train_stage.config import ModelConfig, TrainConfig
+from train_stage.config import TrainConfig
 
 PHASES = ("pretrain", "instruct")
 
@@ -35,10 +35,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASVR_CACHE", str(folder / "cache"))
-        tiny_models.save_tower("siglip", folder / "tower")
-        tiny_models.save_language_model(folder / "llama", tied=False)
-        model = ModelConfig(language_model=str(folder / "llama"), vision_tower=str(folder / "tower"))
-        config = tiny_run.make_config(folder, model)
+        config = tiny_run.make_config(folder, tiny_run.make_models(folder))
         said = tiny_run.train(config, folder / "reference", ranks=2)
         yield Reference(folder, config, said)
 
@@ -100,6 +97,58 @@ def test_killed_in_a_save_and_between_saves_ends_as_if_it_was_not(reference: Ref
     assert not list(folder.glob("*.tmp"))
 
 
+def test_what_is_told_to_end_saves_what_it_did(reference: Reference) -> None:
+    config = in_folder(reference, "told").model_copy(update={"save_every": 1000})
+    progress = config.phase_folder("pretrain") / "metrics.jsonl"
+    process = tiny_run.start_command(config, reference.folder / "told")
+    wait_until(process, lambda: progress.exists() and bool(progress.read_text()))
+    process.terminate()
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 143, said
+    phase = "instruct" if config.phase_folder("instruct").exists() else "pretrain"
+    newest = checkpoints.newest(config.phase_folder(phase))
+    assert newest is not None
+    assert newest.step == len(tiny_run.steps(config, phase)) < 6
+
+    process = tiny_run.start_command(config, reference.folder / "told", "--max-steps", "1")
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert "1 steps were asked for" in said
+    tiny_run.train(config, reference.folder / "told", ranks=2)
+    for phase in PHASES:
+        assert tiny_run.steps(config, phase) == tiny_run.steps(reference.config, phase)
+        assert last_weights(config, phase) == last_weights(reference.config, phase)
+
+
+def test_kills_at_random_moments_leave_the_same_bits(reference: Reference) -> None:
+    kills = int(os.environ.get("ASVR_SOAK_TRAIN_KILLS", "5"))
+    values = reference.config.model_dump(mode="json") | {"save_every": 1}
+    values["phases"] = [values["phases"][1] | {"epochs": 2 * kills, "max_steps": 6 * kills}]
+    long = TrainConfig.model_validate(values)
+    undisturbed = long.model_copy(update={"output": str(reference.folder / "undisturbed")})
+    tiny_run.train(undisturbed, reference.folder / "undisturbed", ranks=2)
+    config = long.model_copy(update={"output": str(reference.folder / "random")})
+    folder, chance, done = config.phase_folder("instruct"), random.Random(0), 0
+
+    def steps_are_beyond(step: int) -> bool:
+        newest = checkpoints.newest(folder)
+        return newest is not None and newest.step > step
+
+    for _ in range(kills):
+        process = tiny_run.start_command(config, reference.folder / "random")
+        wait_until(process, lambda: steps_are_beyond(done))  # noqa: B023 - called before the next turn
+        time.sleep(chance.uniform(0, 0.3))
+        kill_when(process, lambda: True)
+        newest = checkpoints.newest(folder)
+        assert newest is not None
+        assert newest.step > done
+        done = newest.step
+    assert done < 6 * kills, "the kills came while there was something left to do"
+    tiny_run.train(config, reference.folder / "random", ranks=2)
+    assert tiny_run.steps(config, "instruct") == tiny_run.steps(undisturbed, "instruct")
+    assert last_weights(config, "instruct") == last_weights(undisturbed, "instruct")
+
+
 def test_one_rank_and_two_ranks_give_the_same_losses(reference: Reference) -> None:
     config = in_folder(reference, "alone")
     tiny_run.train(config, reference.folder / "alone", ranks=1)
@@ -107,10 +156,24 @@ def test_one_rank_and_two_ranks_give_the_same_losses(reference: Reference) -> No
         alone, together = tiny_run.steps(config, phase), tiny_run.steps(reference.config, phase)
         assert len(alone) == len(together) == {"pretrain": 3, "instruct": 6}[phase]
         for one, two in zip(alone, together, strict=True):
-            for name in ("loss", "text_loss", "visual_loss", "visual_loss_depth"):
+            for name in ("loss", "text_loss", "visual_loss", "objectives.codes.loss_depth"):
                 assert one[name] == pytest.approx(two[name], abs=1e-6), (phase, one["step"], name)
-            for name in ("epoch", "samples", "tokens", "text_tokens", "visual_positions", "lr"):
+            for name in ("epoch", "samples", "tokens", "text_tokens", "objectives.codes.targets", "lr"):
                 assert one[name] == two[name]
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_numbers(reference: Reference) -> None:
+    config = in_folder(reference, "elastic")
+    folder = config.phase_folder("instruct")
+    for ranks, step in ((2, 2), (1, 4)):
+        reached = folder / f"step_{step}"
+        kill_when(tiny_run.start(config, reference.folder / "elastic", ranks=ranks), reached.is_dir)
+    tiny_run.train(config, reference.folder / "elastic", ranks=2)
+    for step, undisturbed in zip(
+        tiny_run.steps(config, "instruct"), tiny_run.steps(reference.config, "instruct"), strict=True
+    ):
+        for name, value in undisturbed.items():
+            assert step[name] == pytest.approx(value, abs=1e-6), (undisturbed["step"], name)
 
 
 def test_a_finished_run_does_nothing(reference: Reference) -> None:
