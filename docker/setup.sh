@@ -22,6 +22,6 @@ echo "setup: installing packages (the first time takes a few minutes)"
 TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(cd "$venv" && pwd)/torch_extensions}
 export TORCH_EXTENSIONS_DIR
 echo "setup: compiling DeepSpeed's CPU communication op"
-"$venv/bin/python" -c 'from train_stage.engine import load_communication_op, prepare_environment; prepare_environment(); load_communication_op()' >"$venv/op.log" 2>&1 \
+"$venv/bin/python" -c 'from train_stage.deepspeed_process import load_communication_op, prepare_environment; prepare_environment(); load_communication_op()' >"$venv/op.log" 2>&1 \
   || { cat "$venv/op.log" >&2; fail "the op did not compile; the compiler's message is above."; }
 echo "setup: ready"

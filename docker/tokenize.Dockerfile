@@ -1,7 +1,8 @@
-# Stage one: the tokenize job, with Ray. Build from the repository root:
+# Stage one: the tokenize job, with Ray; also the image of a Ray cluster's head and workers. Build from the repository root:
 #   docker build -f docker/tokenize.Dockerfile -t asvr-tokenize .
-# Run (one machine; on a cluster start it as the Ray head and worker image and pass `ray: {address: auto}`):
-#   docker run --gpus all -v /data:/data asvr-tokenize tokenize /data/recipe.yaml
+# Run on one machine:
+#   docker run --gpus all --shm-size 16g -v /data:/data asvr-tokenize asvr tokenize /data/recipe.yaml
+# On a cluster: docker/compose.yaml, docker/kubernetes/tokenize.yaml.
 FROM python:3.11-slim
 WORKDIR /opt/asvr
 COPY pyproject.toml constraints.txt README.md ./
@@ -9,5 +10,6 @@ COPY manifests manifests
 COPY tokenize_stage tokenize_stage
 COPY train_stage train_stage
 COPY pipeline pipeline
-RUN pip install --no-cache-dir --constraint constraints.txt '.[tokenize]'
-ENTRYPOINT ["asvr"]
+# ray[default] has the dashboard that `ray job submit` talks to, ray[client] the ray:// address.
+RUN pip install --no-cache-dir --constraint constraints.txt '.[tokenize]' 'ray[client,default]'
+CMD ["asvr", "--help"]
