@@ -53,6 +53,11 @@ class PeakMemory:
         self.bytes = peak - self._before
 
 
+def held_memory(device: torch.device) -> int:
+    """Bytes that are held now: allocated by torch on a GPU, resident on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for a GPU's queue."""
     if device.type == "cuda":

@@ -5,7 +5,7 @@
     python -m benchmarks.search --encoder FOLDER --layer 8 --view-size 112 --images FOLDER
 
 Real features come, unless told otherwise, from the encoder and the images that `make demo` leaves in demo_run. Codebooks
-for them are fitted here with `tokenize_stage.kmeans`. Runs are interleaved (ours, float32, bfloat16, ours, ...); rates
+for them are fitted here with `tokenize_stage.kmeans`. Runs are interleaved, each round with another one first; rates
 are medians, and so is the ratio to (a), taken within each round because a shared machine's speed drifts. Codes that differ are counted on the first `--checked` positions, because the oracle is slow.
 Candidates are counted for both passes whatever the device: on a CPU the float16 one is emulated, which counts the same.
 Peak memory is what preparation and one search held beyond the features and the float32 codebooks given to them.
@@ -87,11 +87,11 @@ def compare(case: Case, device: torch.device, repeats: int, checked: int) -> Non
             searches[name](features_Nn)
         memory[name] = peak.bytes
     seconds: dict[str, list[float]] = {name: [] for name in makers}
-    for _ in range(repeats):
-        for name, search in searches.items():
+    for turn in range(repeats):
+        for name in rotated(list(searches), turn):
             synchronise(device)
             began = time.perf_counter()
-            search(features_Nn)
+            searches[name](features_Nn)
             synchronise(device)
             seconds[name].append(time.perf_counter() - began)
     right_ND = oracle(features_Nn[:checked], case.codebooks)
@@ -123,6 +123,12 @@ def compare(case: Case, device: torch.device, repeats: int, checked: int) -> Non
         flush=True,
     )
     count_candidates(case, device, codes_ND[:_COUNTED])
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """Another one first each time: what runs after the bfloat16 search finds other caches and another clock rate."""
+    start = turn % len(names)
+    return names[start:] + names[:start]
 
 
 def count_candidates(case: Case, device: torch.device, codes_ND: torch.Tensor) -> None:

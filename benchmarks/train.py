@@ -1,0 +1,112 @@
+"""A training step of this project against LLaVA's and against the reference way to train ASVR, on the same samples and weights.
+
+    python -m benchmarks.train                   the shapes of LLaVA-1.5 with SigLIP, in widths and depths for a CPU
+    python -m benchmarks.train --shape 7b        at full size, for a GPU
+
+(a) LLaVA: text loss alone. (b) this project: codes tokenized before, samples packed, logits in chunks. (c) the reference
+way: the tokenizer in the loop, padded micro-batches, all logits at once. All with the same engine, optimizer and
+precision; each in a process of its own. The losses of the first step are compared: (b) and (c) do the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe
+from benchmarks.train_runs import SHAPES, Shape, save_samples
+
+NAMES = {
+    "text": "(a) LLaVA, text alone",
+    "asvr": "(b) this project",
+    "reference": "(c) the reference way",
+}
+TIME_TARGET, MEMORY_TARGET = 1.15, 1.05
+Result = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="cpu")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples a step")
+    parser.add_argument("--padded", type=int, default=4, help="samples of a padded micro-batch of (c)")
+    parser.add_argument(
+        "--row-tokens", type=int, default=4096, help="most tokens of a packed micro-batch of (a) and (b)"
+    )
+    parser.add_argument("--steps", type=int, default=4, help="steps that are timed, after one that is not")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write the results there too")
+    options = parser.parse_args()
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.set_num_threads(options.threads)
+    head, shape = describe(device), SHAPES[options.shape]
+    print(head, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        samples = Path(scratch) / "samples.pt"
+        save_samples(samples, shape, options.batch_size * (options.steps + 1), device)
+        results = {name: measured(name, options, samples, device) for name in NAMES}
+    report(shape, results)
+    if options.json:
+        options.json.write_text(json.dumps({"head": head.splitlines(), "results": results}, indent=2) + "\n")
+
+
+def measured(name: str, options: argparse.Namespace, samples: Path, device: torch.device) -> Result:
+    """What a contestant prints, in a process of its own."""
+    settings = {
+        "name": name, "shape": options.shape, "samples": str(samples), "batch_size": options.batch_size,
+        "padded": options.padded, "row_tokens": options.row_tokens, "threads": options.threads, "device": device.type,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.train_runs", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{NAMES[name]} failed:\n{done.stderr[-4000:]}")
+    result: Result = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def report(shape: Shape, results: dict[str, Result]) -> None:
+    """Print the table, and how far from the targets (b) is."""
+    text, asvr, reference = (results[name] for name in NAMES)
+    print(
+        f"\n{shape.describe()}; {asvr['samples']} samples, {asvr['tokens']:,} tokens and {asvr['views']} views a step "
+        f"on average, {asvr['dtype']}\n\n"
+        "| contestant | s/step | to (a) | peak memory | to (a) | padding | TFLOP a step | MFU |\n|---|---|---|---|---|---|---|---|"
+    )
+    for name, own in results.items():
+        mfu = f"{own['mfu']:.1%}" if own["mfu"] is not None else "-"
+        print(
+            f"| {NAMES[name]} | {own['seconds']:.2f} | {own['seconds'] / text['seconds']:.2f} | "
+            f"{own['memory'] / 2**20:,.0f} MiB | {own['memory'] / text['memory']:.2f} | {own['padding']:.1%} | "
+            f"{own['flops'] / 1e12:.3f} | {mfu} |"
+        )
+    share = asvr["head_flops"] / text["flops"]
+    time = asvr["seconds"] / text["seconds"] - share
+    memory = (asvr["memory"] - asvr["head_bytes"]) / text["memory"]
+    print(
+        f"\nThe head's own FLOPs are {share:.1%} of (a)'s; its parameters, gradients, optimizer state and codebook vectors "
+        f"take {asvr['head_bytes'] / 2**20:,.0f} MiB ({asvr['head_parameters']:,} parameters).\n"
+        f"Time of (b) beyond the head's own FLOPs: {time:.3f} x (a), target {TIME_TARGET}: {_verdict(time <= TIME_TARGET)}.\n"
+        f"Memory of (b) beyond the head's own: {memory:.3f} x (a), target {MEMORY_TARGET}: "
+        f"{_verdict(memory <= MEMORY_TARGET)}.\n"
+        f"(b) against (c): {reference['seconds'] / asvr['seconds']:.2f} x faster, "
+        f"{reference['memory'] / asvr['memory']:.2f} x less memory.\n"
+        f"Losses of the first step: text {text['text_loss']:.5f}, {asvr['text_loss']:.5f}, {reference['text_loss']:.5f}; "
+        f"codes {asvr['visual_loss']:.5f}, {reference['visual_loss']:.5f}."
+    )
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "NOT met"
+
+
+if __name__ == "__main__":
+    main()
