@@ -1,7 +1,7 @@
 # make demo   everything, from images to answers, on this machine (about ten minutes after set-up)
 # make test   lint, types, import rules and the whole test suite
 # make setup  only the virtual environment .venv, with DeepSpeed's CPU communication op compiled
-# make soak   the fault tests again with many repetitions (hours)
+# make soak   the fault tests again with many repetitions, property tests with examples of their own (hours)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -34,6 +34,7 @@ browser:  # without one the tests of the report fail, and say so; the others run
 
 soak: setup
 	ASVR_SOAK_KILLS=50 ASVR_SOAK_TRAIN_KILLS=20 pytest tests/faults --timeout 7200
+	pytest --hypothesis-profile random --ignore tests/faults --ignore tests/e2e --ignore tests/benchmarks
 
 constraints: setup
 	@(echo "# One tested working set, Python 3.11, CPU build of torch. Regenerate: make constraints"; \

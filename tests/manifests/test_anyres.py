@@ -71,7 +71,7 @@ def test_the_background_fills_what_the_picture_leaves() -> None:
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([GRIDS, ONEVISION]))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_the_grid_is_the_one_that_llava_next_chooses(
     width: int, height: int, grids: tuple[tuple[int, int], ...]
 ) -> None:
@@ -107,7 +107,7 @@ def test_positions_stand_in_the_order_of_llava_next_features(model: LlavaNextMod
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 27), st.integers(1, 27))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_content_mask_knows_every_padding_cell(width: int, height: int, rows: int, columns: int) -> None:
     """Judged on the canvas, in whole numbers, where the picture was pasted."""
     geometry = anyres(size=24)

@@ -42,7 +42,6 @@ def files(folder: Path) -> dict[str, tuple[str, int]]:
 
 
 @given(st.lists(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50), min_size=1, max_size=4))
-@settings(deadline=None)
 def test_usage_round_trips(counts):
     sizes = [len(count) for count in counts]
     text = encode_usage([np.asarray(count, np.uint64) for count in counts])
@@ -96,7 +95,7 @@ def read_outcome(store: Store) -> CommitRecord | VerificationFailed:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_damaged_commit_record_is_noticed_at_any_offset(tmp_path_factory, data):
     store = Store.open(tmp_path_factory.mktemp("out"))
     record = commit_unit(store, "u000000", ["a", "b"], {"b"})

@@ -180,7 +180,7 @@ def test_merge_and_filter_may_die_anywhere(tmp_path):
             assert held(folder) == held(folders[-1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_choice_keeps_its_images_and_their_codes(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("set")

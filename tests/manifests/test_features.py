@@ -173,7 +173,7 @@ def test_a_manifest_has_the_keys_of_its_kind_and_no_others(tmp_path):
         Manifest.model_validate({**features, "codebook": codes["codebook"]})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_values_come_back_bit_by_bit(tmp_path_factory, data):
     """NaN and infinity too: what is finite is for `verify` to say."""

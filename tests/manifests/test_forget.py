@@ -161,7 +161,7 @@ def test_it_may_die_anywhere(tmp_path, purge):
             assert [mentions(folder, name) for name in gone] == [[]] * 4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_the_others_keep_their_codes(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("set")

@@ -56,7 +56,6 @@ def clip_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 @given(sides, sides, sizes)
-@settings(deadline=None)
 def test_squash_is_pillows_bicubic_resize(width: int, height: int, size: int) -> None:
     image = noise(width, height)
     views, boxes = make_views(image, Geometry(mode="squash", size=size))
@@ -65,7 +64,6 @@ def test_squash_is_pillows_bicubic_resize(width: int, height: int, size: int) ->
 
 
 @given(sides, sides, sizes, colours)
-@settings(deadline=None)
 def test_pad_is_llavas_expand2square_then_resize(
     width: int, height: int, size: int, colour: tuple[int, int, int]
 ) -> None:
@@ -78,7 +76,6 @@ def test_pad_is_llavas_expand2square_then_resize(
 
 
 @given(sides, sides, sizes)
-@settings(deadline=None)
 def test_crop_is_clips(width: int, height: int, size: int) -> None:
     image = noise(width, height)
     views, boxes = make_views(image, Geometry(mode="crop", size=size))
@@ -113,7 +110,6 @@ def test_extreme_shapes_need_no_extreme_memory(mode: str, width: int, height: in
 
 
 @given(st.integers(30, 200), st.integers(30, 200), st.integers(16, 64), st.sampled_from(MODES), st.integers(2, 6))
-@settings(deadline=None)
 def test_pixels_that_carry_their_coordinates_land_where_the_boxes_say(
     width: int, height: int, size: int, mode: str, cells: int
 ) -> None:
@@ -156,7 +152,7 @@ def test_position_boxes_tile_their_view_row_by_row() -> None:
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 27), st.integers(1, 27))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_content_mask_of_pad_is_exact_for_every_aspect_ratio(width: int, height: int, rows: int, columns: int) -> None:
     edge = max(width, height)
     left, top = (edge - width) // 2, (edge - height) // 2
@@ -177,7 +173,7 @@ def test_content_mask_of_pad_is_exact_for_every_aspect_ratio(width: int, height:
 
 @pytest.mark.parametrize("mode", ["squash", "crop"])
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_position_of_squash_and_crop_shows_the_picture(mode: str, width: int, height: int) -> None:
     image = np.zeros((height, width, 3), dtype=np.uint8)
     _, boxes = make_views(image, Geometry.model_validate({"mode": mode, "size": 14}))

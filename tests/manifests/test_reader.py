@@ -59,7 +59,7 @@ def test_codes_come_back_in_the_order_asked(tmp_path):
     opened = open_manifest(tmp_path)
 
     @given(st.lists(st.sampled_from(sorted(rng_rows)), max_size=30))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def check(ids):
         found = opened.read_codes(ids)
         assert len(found) == len(ids)

@@ -72,7 +72,6 @@ good_records = st.fixed_dictionaries(
     st.sampled_from([None, 2]),
     st.sampled_from(["d.json", "d.jsonl", "d.json.zst", "d.jsonl.zst"]),
 )
-@settings(deadline=None)
 def test_the_four_forms_hold_the_same_records(
     tmp_path_factory: pytest.TempPathFactory,
     rows: list[dict[str, Any]],
@@ -332,7 +331,7 @@ def test_references_to_nothing_are_missing(ref: str) -> None:
 
 
 @given(st.text(max_size=40) | st.text("a./\\~:C \0" + string.punctuation, max_size=40))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_any_reference_is_an_id_inside_the_root_or_a_reject(ref: str) -> None:
     try:
         image_id = image_id_of(ref)

@@ -68,7 +68,7 @@ def made_data(draw):
 
 
 @given(made_data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_shard_reads_as_it_was_written_and_has_one_encoding(tmp_path_factory, case):
     dtype, data = case
     blob = encode(data, dtype)
@@ -258,7 +258,7 @@ def test_index_and_rejects_have_one_schema_and_one_encoding():
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_shard_with_a_damaged_byte_reads_or_is_named(tmp_path_factory, data):
     """Without the manifest's sha256 page checksums still guard the rows; no other error escapes."""
     blob = bytearray(encode(shard_data(["a", "b", "c"], random_codes(np.random.default_rng(0), 3))))

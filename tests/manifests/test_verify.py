@@ -81,7 +81,7 @@ def good_set(tmp_path_factory):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_damaged_byte_is_noticed_wherever_it_is(good_set, data):
     """Every file that the manifest names, and the commit records, at any offset: flipped or cut off."""
     store = Store.open(good_set)

@@ -81,7 +81,7 @@ def assert_brackets(fast: Float16Pass, vectors_Kn: torch.Tensor, residual_Nn: to
     assert (score <= lower + 2 * margin).all()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**32 - 1),
     hardware=st.sampled_from(HARDWARE),
@@ -128,7 +128,7 @@ def test_sums_of_one_sign_at_the_real_width(hardware: type[Float16Pass]) -> None
     assert float(fast.bracket(residual_Nn, torch.empty(8 * 24)).lost_N.max()) == 2.0**-14  # the least that e+ can be
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**32 - 1),
     hardware=st.sampled_from(HARDWARE),

@@ -52,7 +52,7 @@ def test_random_features_equal_both_oracles() -> None:
     assert found.fallback_rows == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(0, 40),
@@ -116,7 +116,7 @@ def test_ties_between_any_two_columns_go_to_the_lower_id(size: int) -> None:
             assert check(np.zeros((1, 2), np.float32), [tied]).reranked_rows == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), gap=st.integers(-60, 0), width=st.integers(2, 64))
 def test_near_ties_at_every_distance(seed: int, gap: int, width: int) -> None:
     """Features half way between two vectors, moved off by 2^gap of their distance."""
@@ -174,7 +174,7 @@ def test_codes_do_not_depend_on_chunking(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(oracle(features, books), whole)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(1, 300), scale=st.integers(-30, 30), offset=st.integers(0, 5))
 def test_the_bound_brackets_the_true_score(seed: int, width: int, scale: int, offset: int) -> None:
     """lower <= S + tau and S <= lower + 2 eps (h + A C) + tau, S in extended precision."""

@@ -51,7 +51,6 @@ archives = st.lists(st.tuples(names, st.binary(max_size=1200)), max_size=8)
 
 
 @given(archives, st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]), st.sampled_from([512, 2**14, 2**22]))
-@settings(deadline=None)
 def test_members_are_those_of_the_standard_library(members: list[tuple[str, bytes]], form: int, ahead: int) -> None:
     data = tar_of(members, form)
     found, damage = walk(data, ahead)
@@ -125,7 +124,7 @@ def test_a_cut_compressed_tar_gives_the_whole_samples_before_the_cut() -> None:
 
 
 @given(st.randoms(use_true_random=False), st.integers(1, 40))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_flipped_bytes_end_in_members_or_one_error(rng: random.Random, count: int) -> None:
     data = bytearray(tar_of(samples(2), rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])))
     for _ in range(count):

@@ -34,7 +34,8 @@ def test_rows_are_at_least_half_full_but_for_one(lengths: np.ndarray, most_token
 
 def busiest(where: np.ndarray, costs: np.ndarray, world: int) -> float:
     loads = np.bincount(where, costs, world)
-    assert len(loads) == world and loads.sum() == costs.sum()
+    assert len(loads) == world
+    assert loads.sum() == costs.sum()
     return float(loads.max())
 
 

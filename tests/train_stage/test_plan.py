@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from train_stage.plan import epoch_order, make_plan
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     samples=st.integers(1, 60),
     batch=st.integers(1, 20),
