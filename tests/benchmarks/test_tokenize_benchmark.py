@@ -8,22 +8,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 IMAGES, POSITIONS, DEPTH = 24, 4, 2
 TINY = {
-    "images": IMAGES, "seconds": 1, "threads": 1, "batch-size": 4, "unit-size": 8, "view-size": 28, "width": 64,
+    "images": IMAGES, "seconds": 1, "threads": 2, "batch-size": 4, "unit-size": 8, "view-size": 28, "width": 64,
     "layer": 1, "size": 16, "depth": DEPTH, "device": "cpu",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
-def test_the_tokenize_benchmark_at_a_tiny_size(tmp_path: Path, engine: str) -> None:
+def test_the_tokenize_benchmark_at_a_tiny_size(tmp_path: Path) -> None:
     flags = [f"--{name}={value}" for name, value in TINY.items()]
-    flags += ["--without-ray-script"] if engine == "local" else ["--threads=2"]  # the script needs two cores
-    flags += [f"--engine={engine}", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]
+    flags += ["--engine=ray", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.tokenize", *flags],
         cwd=ROOT,
@@ -33,7 +30,7 @@ def test_the_tokenize_benchmark_at_a_tiny_size(tmp_path: Path, engine: str) -> N
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
-    contestants = {"job", "plain", *(["ray_script"] if engine == "ray" else [])}
+    contestants = {"job", "plain", "ray_script"}
     assert set(found["results"]) == contestants | {"decode_limit", "encode_limit"}
     for name in contestants:
         result = found["results"][name]
