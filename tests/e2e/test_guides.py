@@ -1,28 +1,55 @@
-"""The commands of the two guides, run in their order by a user whose folder is small; and every command shown anywhere is one."""
+"""The commands of the pages, run in a user's folder that is small: the two guides in their order, then all others."""
 
 from __future__ import annotations
 
-import re
-import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import HubServer
+from pages import ROOT, blocks, guide, options, options_in_sentences, shown, verb, words
 from typer.main import get_command
-from users_folder import asvr, make_folder
+from users_folder import PICTURES, asvr, make_folder
 
 from pipeline.cli import app
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def commands(page: str) -> list[list[str]]:
-    """The lines of a page's `sh` blocks, as arguments of `asvr`."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
-    assert all(line.startswith("asvr ") for line in lines)
-    return [shlex.split(line)[1:] for line in lines]
+BEFORE_THE_SECOND_GUIDE = ["fit-codebook recipe.yaml --only tiny", "tokenize recipe.yaml --only pictures"]
+BESIDE_THE_GUIDES = [
+    "exit-codes",
+    "schema",
+    "plan recipe.yaml --json",
+    "tokenize recipe.yaml --set tokenize.pictures.engine=ray --submit http://127.0.0.1:8265 --dry-run",
+    "train recipe.yaml --check --gpus 8 --gpu H100 --mfu 0.4",
+    "train recipe.yaml --set train.output=short --phase pretrain --nproc 1 --max-steps 1 --time-limit 5",
+    "train recipe.yaml --launcher torchrun --nproc 2 --nodes 2 --rendezvous first:29500 --dry-run",
+    "train recipe.yaml --launcher deepspeed --nproc 2 --hostfile hosts --dry-run",
+    "train recipe.yaml --launcher slurm --nproc 8 --nodes 2 --dry-run",
+    "eval run/export --data talks.json --image-root images --limit 2 --out measured",
+    "eval run/export --lmms-eval --processes 2",
+    "export run --push-to-hub someone/llava --private",
+    "push tokens --to someone/tokens",
+    "report run --with short --images 1000 --to both.html",
+    "inspect images/3.png --in tokens --png map.png",
+    "inspect 3.png --in tokens --json",
+    "status tokens --json",
+    "manifest filter tokens --ids ids --output few",
+    "manifest filter tokens --exclude-ids ids --output others",
+    "manifest merge few others --output whole",
+    "manifest forget whole 5.png --ids ids --purge",
+    "retry tokens --reason missing --set max_pixels=500000000",
+    "gc tokens --older-than 1h --keep-snapshots 1",
+    "verify tokens --rebuild --like kept.json",
+    "run recipe.yaml --replace --launcher local",
+]
+ELSEWHERE = {
+    "demo": "tests/e2e/test_demo.py",
+    "run --submit": "tests/tokenize_stage/test_ray_addresses.py",
+    "eval --manifest": "tests/pipeline/test_evaluation.py",
+}
+"""What other tests run: the verb and an option of it, and where."""
 
 
 def smaller(recipe: Path) -> None:
@@ -41,7 +68,7 @@ def smaller(recipe: Path) -> None:
 def test_the_guide_for_data_engineers(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     (folder / "recipe.yaml").unlink()
-    lines = commands("data-engineer.md")
+    lines = guide("data-engineer.md")
     assert len(lines) >= 15
     for arguments in lines:
         printed = asvr(*arguments, cwd=folder)
@@ -53,45 +80,77 @@ def test_the_guide_for_data_engineers(tmp_path: Path) -> None:
     assert (folder / "tokens" / "report.html").is_file()
 
 
-def test_the_guide_for_training_engineers(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path)
-    asvr("fit-codebook", "recipe.yaml", cwd=folder)
-    asvr("tokenize", "recipe.yaml", cwd=folder)
-    lines = commands("training-engineer.md")
-    assert len(lines) >= 8
-    for arguments in lines:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which somebody has followed the guide for training engineers."""
+    folder = make_folder(tmp_path_factory.mktemp("user"))
+    for arguments in [*map(str.split, BEFORE_THE_SECOND_GUIDE), *guide("training-engineer.md")]:
         asvr(*arguments, cwd=folder)
-    assert (folder / "run" / "export" / "config.json").is_file()
-    assert (folder / "run" / "report.html").is_file()
+    return folder
 
 
-def shown() -> list[str]:
-    """Every `asvr ...` in the pages, as code in a sentence or as a line of its own, with page and number."""
-    found = []
-    for page in PAGES:
-        for number, line in enumerate(page.read_text().splitlines(), 1):
-            inline = re.findall(r"`(asvr [^`]*)`", line)
-            own = re.match(r"\s*(?:\$ )?(asvr (?!in |is |has |.*brings it).*)$", line)
-            found += [f"{page.name}:{number}: {text}" for text in inline + ([own[1]] if own else [])]
-    return found
+def test_the_guide_for_training_engineers(trained: Path) -> None:
+    assert len(guide("training-engineer.md")) >= 8
+    assert (trained / "run" / "export" / "config.json").is_file()
+    assert (trained / "run" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("line", sorted({line.partition(": ")[2] for line in shown()}))
-def test_a_command_that_is_shown_exists(line: str) -> None:
+def test_the_commands_beside_the_guides(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (trained / "ids").write_text("3.png\n4.png\n")
+    (trained / "hosts").write_text("first slots=2\nsecond slots=2\n")
+    shutil.copy(trained / "tokens" / "manifest.json", trained / "kept.json")
+    with HubServer() as hub:
+        for name, value in hub.environment.items():
+            monkeypatch.setenv(name, value)
+        printed = {line: asvr(*line.split(), cwd=trained) for line in BESIDE_THE_GUIDES}
+        assert "manifest.json" in hub.repositories["datasets/someone/tokens"]
+        assert "config.json" in hub.repositories["models/someone/llava"]
+    assert "nothing" in printed["run recipe.yaml --replace --launcher local"]
+
+
+def test_shards_are_read_as_the_page_of_formats_shows(trained: Path) -> None:
+    """But for the number of depths, 8 on the page."""
+    page = ROOT / "docs" / "formats.md"
+    (python,), (sql,) = blocks(page, "python"), blocks(page, "sql")
+    assert "% 8 " in sql
+    sql = sql.replace("% 8 ", "% 3 ")
+    script = f"{python}\nimport duckdb\nfound = duckdb.sql({sql!r}).fetchall()\nprint(table.num_rows, sum(n for _, n in found))"
+    read = [sys.executable, "-c", script]
+    printed = subprocess.run(read, cwd=trained, capture_output=True, text=True, check=True).stdout
+    assert printed == f"5 {PICTURES * 16}\n"  # the first unit's images; a code of depth 0 at each position
+
+
+def test_every_command_and_option_on_a_page_is_run_by_a_test() -> None:
+    lines = [*map(str.split, BEFORE_THE_SECOND_GUIDE + BESIDE_THE_GUIDES + list(ELSEWHERE))]
+    run: dict[str, set[str]] = {}
+    for arguments in [*lines, *guide("data-engineer.md"), *guide("training-engineer.md")]:
+        run.setdefault(verb(arguments), set()).update(options(arguments))
+    for text, place in shown().items():
+        arguments = words(text)
+        assert options(arguments) <= run.get(verb(arguments), {"nothing"}), f"{place}: {text}"
+    for option, place in options_in_sentences().items():
+        assert option in set().union(*run.values()), f"{place}: {option}"
+    for line, file in ELSEWHERE.items():
+        text = (ROOT / file).read_text()
+        assert all(f'"{word}"' in text for word in line.split()), f"{file} does not run {line}"
+
+
+@pytest.fixture(scope="module")
+def every_command() -> Any:
+    return get_command(app)
+
+
+@pytest.mark.parametrize("line", sorted(shown()))
+def test_a_command_that_is_shown_exists(every_command: Any, line: str) -> None:
     """Parsed by the command's own parser: verbs, options and the number of arguments; what is optional is given."""
-    text = line.replace("\\|", "|").split("#")[0].split("   ")[0].removesuffix(" | sh")
-    text = re.sub(r"\[([^\]]*)\]", r" \1 ", text).replace("...", " ").replace("…", " ")
-    words = []
-    for word in shlex.split(text)[1:]:
-        # One of several: the first of them. A capital letter that stands for a number is one.
-        chosen = word.split("|")[0]
-        words.append("2" if chosen in ("N", "S", "K") else chosen)
-    command: Any = get_command(app)
-    while hasattr(command, "commands") and words:
-        assert words[0] in command.commands, f"{line}: there is no {words[0]}"
-        command = command.commands[words.pop(0)]
-    named = [word for word in words if word.startswith("-")]
-    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    assert {name.split("=")[0] for name in named} <= options | {"--help", "-h"}, line
-    if words and any(not word.startswith("-") for word in words):
-        command.make_context("asvr", list(words))
+    # A capital letter that stands for a number is one.
+    rest = ["2" if word in ("N", "S", "K") else word for word in words(line)]
+    command = every_command
+    while hasattr(command, "commands") and rest:
+        assert rest[0] in command.commands, f"{line}: there is no {rest[0]}"
+        command = command.commands[rest.pop(0)]
+    named = [word for word in rest if word.startswith("-")]
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    assert {name.split("=")[0] for name in named} <= known | {"--help", "-h"}, line
+    if rest and any(not word.startswith("-") for word in rest):
+        command.make_context("asvr", list(rest))

@@ -113,10 +113,11 @@ def test_another_version_of_ray_is_one_sentence(head: Head, local: TokenSetConfi
     assert noise == ""
 
 
-def test_a_submitted_job(head: Head, local: TokenSetConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["tokenize", "run"])
+def test_a_submitted_job(head: Head, local: TokenSetConfig, tmp_path: Path, verb: str) -> None:
     """What the environment says of other clusters does not lead it astray."""
     elsewhere = {"RAY_ADDRESS": "127.0.0.1:1", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
-    submitted = submit(local, tmp_path, head.job_server, {**head.environment, **elsewhere})
+    submitted = submit(local, tmp_path, head.job_server, {**head.environment, **elsewhere}, verb=verb)
     assert submitted.wait(timeout=120) == 0, said(tmp_path)
     assert f"vqa: {IMAGES} images encoded" in said(tmp_path)
     assert content(tmp_path / "tokens") == content(local.output)
@@ -191,13 +192,19 @@ def drive(
 
 
 def submit(
-    local: TokenSetConfig, folder: Path, address: str, environment: dict[str, str], **changes: object
+    local: TokenSetConfig,
+    folder: Path,
+    address: str,
+    environment: dict[str, str],
+    *,
+    verb: str = "tokenize",
+    **changes: object,
 ) -> subprocess.Popen[bytes]:
-    """`asvr tokenize --submit` of the job, into `folder`."""
+    """`asvr tokenize --submit` of the job (or `asvr run --submit`), into `folder`."""
     keys = {"source", "geometry", "tokenizer", "unit_size", "batch_size", "torch_threads", "decode_threads", "device"}
     values = local.model_dump(mode="json", include=keys) | {"engine": "ray", "output": "tokens"} | changes
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"tokenize": {"vqa": values}}))
-    command = [sys.executable, "-m", "pipeline", "tokenize", "recipe.yaml", "--submit", address]
+    command = [sys.executable, "-m", "pipeline", verb, "recipe.yaml", "--submit", address]
     with (folder / "log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment)
 
