@@ -1,29 +1,29 @@
-"""Everything that can be wrong with one shard, found in one read of its bytes."""
+"""Everything that can be wrong with one shard, of which only some row groups are held at a time."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from manifests.check_rows import RowCheck
+from manifests.entries import shard_problem
 from manifests.errors import StorageError, VerificationFailed
-from manifests.reader import shard_problems
 from manifests.report import Problem
-from manifests.schema import FeaturesSpec, Manifest, ShardEntry
-from manifests.shard_reader import open_parquet, open_shard, read_parquet
-from manifests.shards import list_values, made_as, shard_mark, shard_schema, value_column
+from manifests.schema import Manifest, ShardEntry
+from manifests.shard_reader import UNREADABLE, damaged, open_parquet, open_shard
+from manifests.shards import made_as, shard_mark, shard_schema, value_column
 from manifests.storage import Store
 from manifests.versions import READABLE_SHARDS
 
 _LARGEST_SHARD = 1 << 33  # the int32 values of the longest list that Arrow offsets can reach
-
-IDENTITY_COLUMNS = ["image_id", "sha256", "width", "height"]
+_LARGEST_HELD = 64 << 20
+_READ_AT_ONCE = 8 << 20  # bytes of values, decoded
 
 
 @dataclass
@@ -40,28 +40,28 @@ class ShardFindings:
     codes: int = 0
 
 
-def check_shard(store: Store, shard: ShardEntry, manifest: Manifest, *, deep: bool) -> ShardFindings:
-    """Check size, footer and schema of a shard and, when `deep`, its bytes and every row."""
+def check_shard(store: Store, shard: ShardEntry, manifest: Manifest, *, size: int | None, deep: bool) -> ShardFindings:
+    """Check size (`size` is what the store says), footer and schema of a shard and, when `deep`, its bytes and every row."""
     found = ShardFindings()
 
     def report(code: str, message: str) -> None:
         found.problems.append(Problem(code, shard.path, message))
 
-    found.problems.extend(shard_problems(store, [shard]))
-    if found.problems:
+    if problem := shard_problem(store, shard, size):
+        found.problems.append(problem)
         return found
     path = store.where(shard.path)
     try:
-        data = store.read(shard.path) if deep else None
-        if data is not None and hashlib.sha256(data).hexdigest() != shard.sha256:
+        # From a network a shard comes once, and is held; on a disk it is read twice, the second time most likely from memory.
+        data = store.read(shard.path) if deep and not store.is_local and shard.bytes <= _LARGEST_HELD else None
+        if deep and _sha256(store, shard, data) != shard.sha256:
             report("shard_sha256", f"{path} is damaged (another sha256): delete it and run the tokenize job again")
             return found  # whatever else it says is not worth believing, nor safe to parse
         opened = open_shard(store, shard.path) if data is None else open_parquet(pa.py_buffer(data), path)
         with opened as file:
             readable = _check_footer(file, shard, manifest, report)
-        if data is not None and readable:
-            columns = [*IDENTITY_COLUMNS, "view_boxes", manifest.kind]
-            _check_rows(read_parquet(pa.py_buffer(data), path, columns), manifest, found, report)
+            if deep and readable:
+                _check_rows(file, store, shard, manifest, found)
     except VerificationFailed as error:
         report("shard_schema", str(error))
     except StorageError as error:
@@ -69,6 +69,10 @@ def check_shard(store: Store, shard: ShardEntry, manifest: Manifest, *, deep: bo
             raise  # the network or the rights are at fault, and every other shard would say the same
         report("shard_missing", str(error))
     return found
+
+
+def _sha256(store: Store, shard: ShardEntry, data: bytes | None) -> str:
+    return store.sha256(shard.path, shard.bytes) if data is None else hashlib.sha256(data).hexdigest()
 
 
 def _check_footer(
@@ -110,44 +114,34 @@ def _has(schema: pa.Schema, field: pa.Field) -> bool:
     return len(at) == 1 and bool(schema.field(at[0]).equals(field))
 
 
-def _check_rows(table: pa.Table, manifest: Manifest, found: ShardFindings, report: Callable[[str, str], None]) -> None:
-    spec = manifest.producer
-    found.rows = table.select(IDENTITY_COLUMNS).replace_schema_metadata(None)
-    names = table["image_id"]
-    values, offsets = list_values(table[manifest.kind])
-    boxes, box_offsets = list_values(table["view_boxes"])
-    lengths, box_lengths = np.diff(offsets), np.diff(box_offsets)
-    found.views = int(box_lengths.sum()) // 4
-    per_view = spec.positions * spec.values
-    bad = np.flatnonzero((lengths == 0) | (lengths * 4 != box_lengths * per_view))
-    if len(bad):
-        report(
-            "row_length",
-            f"{len(bad)} rows, first {names[int(bad[0])].as_py()!r}, do not have {per_view} {manifest.kind} for each view",
-        )
-    if not np.isfinite(boxes).all():
-        report("row_length", "some view_boxes are not finite")
-    if isinstance(spec, FeaturesSpec):
-        finite = value_column(spec).finite(values)
-        if not finite.all():
-            rows = np.unique(np.searchsorted(offsets, np.flatnonzero(~finite), side="right") - 1)
-            report(
-                "not_finite",
-                f"{len(rows)} rows, first {names[int(rows[0])].as_py()!r}, have features that are NaN or infinite",
-            )
-        return
-    found.codes = int(lengths.sum())
-    if (lengths % spec.depth).any():
-        return  # depths cannot be told apart
-    codes_ND: npt.NDArray[Any] = values.reshape(-1, spec.depth)
-    if len(codes_ND) and (codes_ND.max(axis=0) >= np.asarray(spec.codebook_sizes)).any():
-        outside = (codes_ND >= np.asarray(spec.codebook_sizes)).any(axis=1)
-        rows = np.unique(np.searchsorted(offsets, np.flatnonzero(outside) * spec.depth, side="right") - 1)
-        report(
-            "code_range",
-            f"{len(rows)} rows, first {names[int(rows[0])].as_py()!r}, have codes beyond their codebook",
-        )
-        codes_ND = codes_ND[~outside]
-    found.histograms = [
-        np.bincount(codes_ND[:, depth], minlength=size) for depth, size in enumerate(spec.codebook_sizes)
-    ]
+def _check_rows(
+    file: pq.ParquetFile, store: Store, shard: ShardEntry, manifest: Manifest, found: ShardFindings
+) -> None:
+    check = RowCheck(manifest.producer, manifest.kind)
+    for table in _read(file, store, shard, check.columns):
+        check.add(table)
+    found.problems.extend(Problem(code, shard.path, message) for code, message in check.problems())
+    found.rows = check.identities
+    found.histograms, found.views, found.codes = check.histograms, check.views, check.codes
+
+
+def _read(file: pq.ParquetFile, store: Store, shard: ShardEntry, columns: list[str]) -> Iterator[pa.Table]:
+    try:
+        for groups in _portions(file.metadata):
+            yield file.read_row_groups(groups, columns=columns)
+    except UNREADABLE as error:
+        raise store.fault(shard.path, error) or damaged(store.where(shard.path), error) from error
+
+
+def _portions(metadata: pq.FileMetaData) -> Iterator[list[int]]:
+    """The row groups to read at once: as many as unpack to `_READ_AT_ONCE` bytes, at least one."""
+    groups: list[int] = []
+    size = 0
+    for group in range(metadata.num_row_groups):
+        more = metadata.row_group(group).total_byte_size
+        if groups and size + more > _READ_AT_ONCE:
+            yield groups
+            groups, size = [], 0
+        groups.append(group)
+        size += more
+    yield groups

@@ -19,8 +19,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
 from pydantic import ValidationError
@@ -40,7 +38,7 @@ from manifests.documents import compress, decompress, first_problem
 from manifests.errors import VerificationFailed
 from manifests.fingerprint import canonical_json, fingerprint
 from manifests.gather import gather
-from manifests.id_hash import hash_ids
+from manifests.repeated_ids import RepeatedIds, columns_of
 from manifests.schema import (
     MANIFEST_NAME,
     FileEntry,
@@ -198,22 +196,11 @@ def _kind_keys(store: Store, header: ManifestHeader, usage: Sequence[npt.NDArray
     return {"tokenizer": spec, "codebook": codebook, "usage": [depth_usage(counts) for counts in usage]}
 
 
-def _refuse_duplicates(store: Store, hashes: list[npt.NDArray[np.uint64]], tables: Iterable[BinaryIO]) -> None:
-    """Ids of one hash are looked at; where no two ids have one, as is usual, none is. Takes the hashes."""
-    ordered = np.concatenate(hashes or [np.empty(0, np.uint64)])
-    hashes.clear()
-    ordered.sort()
-    suspects = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if not len(suspects):
-        return
+def _refuse_duplicates(store: Store, ids: RepeatedIds, tables: Iterable[BinaryIO]) -> None:
     batches = (batch for table in tables for batch in pq.ParquetFile(table).iter_batches(columns=["image_id"]))
-    found = [ids.filter(pa.array(np.isin(hash_ids(ids), suspects))) for (ids,) in batches]
-    counts = pc.value_counts(pa.chunked_array(found, pa.string()))
-    twice = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(twice):
-        name = twice[0]["values"].as_py()
+    if twice := ids.find(columns_of(batches)):
         raise VerificationFailed(
-            f"{name!r} is a member of more than one unit of {store.location} ({len(twice)} such images): "
+            f"{twice.first!r} is a member of more than one unit of {store.location} ({twice.count} such images): "
             "delete its commit records and run the job again"
         )
 

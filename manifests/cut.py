@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests.commit_record import CommitRecord, MemberColumns
-from manifests.reader import read_entry
+from manifests.entries import read_entry
 from manifests.schema import Producer, ShardEntry
 from manifests.shard_reader import read_parquet
 from manifests.shards import encode_rows, list_values, shard_name, value_column

@@ -26,9 +26,10 @@ from manifests.commits import (
     write_commit,
 )
 from manifests.cut import cut_unit
+from manifests.entries import read_entry
 from manifests.errors import InputError, VerificationFailed
 from manifests.fingerprint import canonical_json
-from manifests.reader import OpenManifest, load_manifest, read_entry
+from manifests.reader import OpenManifest, load_manifest
 from manifests.redact import command_line
 from manifests.schema import Manifest, ShardEntry, SourceIdentity
 from manifests.shards import shard_name

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from manifests.commit_record import CommitRecord, commit_path, unit_order
 from manifests.errors import FingerprintMismatch, VerificationFailed
 from manifests.fingerprint import canonical_json
-from manifests.id_hash import hash_column
 from manifests.parallel import ordered_map
+from manifests.repeated_ids import RepeatedIds
 from manifests.schema import ShardEntry
 from manifests.shard_reader import read_shard
 from manifests.shards import INDEX_SCHEMA, REJECTS_SCHEMA
@@ -37,11 +37,11 @@ class Part:
 
 @dataclass
 class Gathered:
-    """The shards in unit order, and what is counted; `ids` are hashes of all image ids, in no order."""
+    """The shards in unit order, and what is counted."""
 
     usage: list[npt.NDArray[np.uint64]]
     shards: list[ShardEntry] = field(default_factory=list)
-    ids: list[npt.NDArray[np.uint64]] = field(default_factory=list)
+    ids: RepeatedIds = field(default_factory=RepeatedIds)
     reasons: Counter[str] = field(default_factory=Counter)
     numerics: set[bytes] = field(default_factory=set)
     views: int = 0
@@ -70,9 +70,9 @@ def gather(
             ordinal = pa.array(np.full(part.index.num_rows, len(total.shards), np.int32))
             index.add(part.index.append_column("shard", ordinal))
             total.shards.append(part.shard)
-            total.ids.append(hash_column(part.index["image_id"]))
+            total.ids.add(part.index["image_id"])
         rejects.add(part.rejects)
-        total.ids.append(hash_column(part.rejects["image_id"]))
+        total.ids.add(part.rejects["image_id"])
         total.reasons.update(row.reason for row in record.rejects)
         total.numerics.add(canonical_json(record.numerics.model_dump(mode="json")))
         total.views += record.views

@@ -27,6 +27,7 @@ class LocalStore(Store):
     """A folder of the file system. Writes are a temporary file, fsync and a rename; the lease is the kernel's lock."""
 
     is_local = True
+    piece = 4 << 20
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()

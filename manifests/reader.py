@@ -22,8 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from manifests.codebook import decode_codebooks
 from manifests.documents import decompress, first_problem
+from manifests.entries import check_entry, read_entry, shard_problems
 from manifests.errors import InputError, VerificationFailed
-from manifests.report import Problem
 from manifests.schema import (
     MANIFEST_NAME,
     FeaturesSpec,
@@ -36,11 +36,11 @@ from manifests.schema import (
 from manifests.shard_reader import UNREADABLE, damaged, open_shard, read_parquet, read_shard
 from manifests.shards import INDEX_SCHEMA, list_values, shard_schema, value_column
 from manifests.storage import Store, is_url
+from manifests.table_reader import iter_rows
 from manifests.versions import MANIFEST_UPGRADES, parsed
 
 _LARGEST_MANIFEST = 256 << 20
 _LARGEST_LISTING = 1 << 30
-_INDEX_ROWS = 64 << 10
 _SHARD_LIST = TypeAdapter(list[ShardEntry])
 
 
@@ -142,26 +142,11 @@ class OpenManifest:
         Its sha256 is checked before the first batch, so the file is read twice.
         """
         self.check_index()
-        path = self.manifest.index.path
-        with open_shard(self.store, path) as file:
-            try:
-                # One row group at a time: of an object store, all that is asked for at once is fetched at once.
-                for group in range(file.num_row_groups):
-                    for batch in file.iter_batches(_INDEX_ROWS, row_groups=[group], columns=list(columns)):
-                        if set(columns) - set(batch.schema.names):
-                            raise damaged(self.store.where(path), ValueError(f"it lacks some of {sorted(columns)}"))
-                        yield batch
-            except UNREADABLE as error:
-                raise self.store.fault(path, error) or damaged(self.store.where(path), error) from error
+        return iter_rows(self.store, self.manifest.index.path, columns)
 
     def check_index(self) -> None:
         """`VerificationFailed` unless the index is the file that the manifest names; it is read by pieces."""
-        entry = self.manifest.index
-        problem = size_problem(self.store, entry)
-        if problem is None and self.store.sha256(entry.path, entry.bytes) != entry.sha256:
-            problem = f"{self.store.where(entry.path)} is not the file that its manifest names (sha256 differs)"
-        if problem:
-            raise VerificationFailed(f"{problem}: run the tokenize stage again to write it anew")
+        check_entry(self.store, self.manifest.index)
 
     def iter_shards(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The shards' rows, shard by shard in the manifest's order; all columns, or some."""
@@ -266,42 +251,6 @@ def read_manifest(path: str | Path) -> tuple[Store, Manifest, bytes]:
             f"{place} is not a manifest ({first_problem(error)}): restore it, or run the tokenize stage again"
         ) from error
     return store, manifest, data
-
-
-def size_problem(store: Store, entry: FileEntry) -> str | None:
-    """What is wrong with a file's presence or size, or None."""
-    return _size_problem(store, entry, store.size_if_there(entry.path))
-
-
-def shard_problems(store: Store, shards: Sequence[ShardEntry]) -> Iterator[Problem]:
-    """The shards that are missing or have another size; on an object store this takes a listing, not a look at each."""
-    for shard, found in zip(shards, store.sizes([shard.path for shard in shards]), strict=True):
-        message = _size_problem(store, shard, found)
-        if message is not None:
-            yield Problem("shard_missing" if found is None else "shard_size", shard.path, message)
-
-
-def _size_problem(store: Store, entry: FileEntry, found: int | None) -> str | None:
-    if found == entry.bytes:
-        return None
-    path = store.where(entry.path)
-    return f"{path} is missing" if found is None else f"{path} has {found} bytes, its manifest says {entry.bytes}"
-
-
-def read_entry(store: Store, entry: FileEntry, *, limit: int) -> bytes:
-    """The bytes of a file beside the manifest, after its size (at most `limit`) and sha256 proved right."""
-    problem = size_problem(store, entry)
-    if problem is None and entry.bytes > limit:
-        problem = f"{store.where(entry.path)} has {entry.bytes} bytes, more than the {limit} it can need"
-    if problem:
-        raise VerificationFailed(f"{problem}: run the tokenize stage again to write it anew")
-    data = store.read(entry.path)
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise VerificationFailed(
-            f"{store.where(entry.path)} is not the file that its manifest names (sha256 differs): "
-            "run the tokenize stage again to write it anew"
-        )
-    return data
 
 
 def read_shard_list(store: Store, entry: FileEntry) -> list[ShardEntry]:

@@ -34,10 +34,11 @@ from manifests.commits import (
 )
 from manifests.cut import cut_unit
 from manifests.derived import header_of
+from manifests.entries import size_problem
 from manifests.errors import InputError, VerificationFailed
 from manifests.forgotten import forgotten_digests, name_digest
 from manifests.garbage import list_snapshots
-from manifests.reader import OpenManifest, load_manifest, size_problem
+from manifests.reader import OpenManifest, load_manifest
 from manifests.rebuilt_records import lost_rejects, record_of
 from manifests.redact import command_line
 from manifests.schema import MANIFEST_NAME, Manifest, ShardEntry

@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 
 from manifests.commits import CommitRecord, MemberColumns, RejectRow, encode_usage
 from manifests.cut import count_codes
+from manifests.entries import read_entry
 from manifests.errors import VerificationFailed
-from manifests.reader import OpenManifest, read_entry
+from manifests.reader import OpenManifest
 from manifests.schema import Manifest, Numerics, ShardEntry
 from manifests.shard_reader import read_parquet
 from manifests.shards import list_values, value_column

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from manifests.commits import commit_path, list_commits, read_commit
+from manifests.entries import shard_problems
 from manifests.errors import InputError, StorageError, VerificationFailed
 from manifests.live import JobProgress, LiveProgress, read_progress
-from manifests.reader import load_manifest, locate_manifest, shard_problems
+from manifests.reader import load_manifest, locate_manifest
 from manifests.report import Problem, State, StatusReport, mixed_devices
 from manifests.schema import MANIFEST_NAME
 from manifests.storage import LEASE_NAME, Store

@@ -37,8 +37,6 @@ __all__ = [
     "is_url",
 ]
 
-_PIECE = 64 << 20
-
 LEASE_NAME = ".lease"
 LEASE_CLOCK_NAME = ".lease-clock"
 LEASE_FILES = frozenset({LEASE_NAME, LEASE_CLOCK_NAME})
@@ -62,6 +60,8 @@ class Store(ABC):
     is_local: bool
     location: str
     """The absolute path of the folder, or its URL."""
+    piece = 64 << 20
+    """Bytes that are asked for at once where a file is not held: each request to a network takes its time."""
 
     @staticmethod
     def open(location: str | Path) -> Store:
@@ -137,8 +137,8 @@ class Store(ABC):
     def sha256(self, rel: str, size: int) -> str:
         """The sha256 of the first `size` bytes of `rel`, which are read by pieces."""
         hashed = hashlib.sha256()
-        for offset in range(0, size, _PIECE):
-            hashed.update(self.read_range(rel, offset, min(_PIECE, size - offset)))
+        for offset in range(0, size, self.piece):
+            hashed.update(self.read_range(rel, offset, min(self.piece, size - offset)))
         return hashed.hexdigest()
 
     @abstractmethod

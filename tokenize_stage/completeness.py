@@ -10,9 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from manifests.entries import size_problem
 from manifests.errors import InputError, VerificationFailed
 from manifests.hashes import file_sha256
-from manifests.reader import OpenManifest, open_manifest, size_problem
+from manifests.reader import OpenManifest, open_manifest
 from manifests.schema import MANIFEST_NAME, FileEntry, Manifest
 from manifests.shard_reader import UNREADABLE, damaged
 from manifests.storage import Store

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tokenize_stage.id_index import IdIndex
+from manifests.id_index import IdIndex
 from tokenize_stage.table_rows import numbers, take_rows
 
 EXAMPLES = 3

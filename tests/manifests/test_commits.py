@@ -200,8 +200,7 @@ def test_an_iterator_of_records_comes_in_unit_order(tmp_path):
 
 def test_ids_of_one_hash_are_told_apart(tmp_path, monkeypatch):
     before = make_set(tmp_path / "a")
-    monkeypatch.setattr("manifests.gather.hash_column", lambda ids: np.zeros(len(ids), np.uint64))
-    monkeypatch.setattr("manifests.commits.hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr("manifests.repeated_ids.hash_column", lambda ids: np.zeros(len(ids), np.uint64))
     assert make_set(tmp_path / "b").index == before.index
     commit_unit(Store.open(tmp_path / "b"), "u000099", ["1/3.jpg"])
     with pytest.raises(

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokenize_stage.id_index import IdIndex
+from manifests.id_index import IdIndex
 from tokenize_stage.sources.inventory import INVENTORY_SCHEMA, build_table, container_rows, joined
 from tokenize_stage.table_rows import take_rows
 from tokenize_stage.units import Committed, Plan, Unit, plan_units, same_images, unchanged_rows

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from manifests.errors import InputError
+from manifests.id_index import IdIndex
 from manifests.images import ImageSource
 from manifests.parallel import ordered_map
 from manifests.records import BadRecord
@@ -21,7 +22,6 @@ from manifests.schema import SourceIdentity
 from manifests.storage import FileStat, Store
 from manifests.table_files import TableFile, open_table
 from tokenize_stage.config import ParquetSource
-from tokenize_stage.id_index import IdIndex
 from tokenize_stage.retry import with_retries
 from tokenize_stage.sources.inventory import Container, Inventory, KnownContainers, container_rows, is_text, joined
 from tokenize_stage.sources.listing import AT_ONCE, find_files
