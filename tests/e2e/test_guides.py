@@ -12,11 +12,10 @@ import pytest
 from hub_server import HubServer
 from pages import ROOT, blocks, guide, options, options_in_sentences, shown, verb, words
 from typer.main import get_command
-from users_folder import PICTURES, asvr, make_folder
+from users_folder import BEFORE_THE_SECOND_GUIDE, PICTURES, asvr, make_folder
 
 from pipeline.cli import app
 
-BEFORE_THE_SECOND_GUIDE = ["fit-codebook recipe.yaml --only tiny", "tokenize recipe.yaml --only pictures"]
 BESIDE_THE_GUIDES = [
     "exit-codes",
     "schema",
@@ -78,15 +77,6 @@ def test_the_guide_for_data_engineers(tmp_path: Path) -> None:
             assert "problems" in printed
     assert (folder / "merged" / "manifest.json").is_file()
     assert (folder / "tokens" / "report.html").is_file()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which somebody has followed the guide for training engineers."""
-    folder = make_folder(tmp_path_factory.mktemp("user"))
-    for arguments in [*map(str.split, BEFORE_THE_SECOND_GUIDE), *guide("training-engineer.md")]:
-        asvr(*arguments, cwd=folder)
-    return folder
 
 
 def test_the_guide_for_training_engineers(trained: Path) -> None:

@@ -7,40 +7,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from users_folder import PICTURES, asvr, make_folder
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("walk"))
-
-
-def test_walk(folder: Path) -> None:
-    # A codebook is missing, and the command says what to do about it.
-    assert "fit-codebook" in asvr("tokenize", "recipe.yaml", cwd=folder, code=4)
-
-    asvr("fit-codebook", "recipe.yaml", cwd=folder)
-    asvr("tokenize", "recipe.yaml", cwd=folder)
-    report = json.loads(asvr("verify", "tokens", "--json", cwd=folder))
+def test_walk(trained: Path) -> None:
+    report = json.loads(asvr("verify", "tokens", "--json", cwd=trained))
     assert (report["images"], report["ok"], report["rejected"], report["shards"]) == (PICTURES, PICTURES, 0, 3)
     assert report["problems"] == []
-    manifest = (folder / "tokens" / "manifest.json").read_bytes()
-    asvr("tokenize", "recipe.yaml", cwd=folder)
-    assert (folder / "tokens" / "manifest.json").read_bytes() == manifest
+    manifest = (trained / "tokens" / "manifest.json").read_bytes()
+    asvr("tokenize", "recipe.yaml", cwd=trained)
+    assert (trained / "tokens" / "manifest.json").read_bytes() == manifest
 
-    assert f"trained in {folder / 'run'}; asvr export" in asvr("train", "recipe.yaml", cwd=folder)
+    asvr("train", "recipe.yaml", cwd=trained)  # nothing is left to do
     for phase in ("pretrain", "instruct"):
-        steps = [json.loads(line) for line in (folder / "run" / phase / "metrics.jsonl").read_text().splitlines()]
+        steps = [json.loads(line) for line in (trained / "run" / phase / "metrics.jsonl").read_text().splitlines()]
         assert [step["step"] for step in steps] == [1, 2, 3]
-    asvr("train", "recipe.yaml", cwd=folder)  # nothing left to do
 
-    asvr("export", "run", cwd=folder)
     answer = subprocess.run(
-        [sys.executable, "-c", PLAIN_TRANSFORMERS], cwd=folder, capture_output=True, text=True, check=True
+        [sys.executable, "-c", PLAIN_TRANSFORMERS], cwd=trained, capture_output=True, text=True, check=True
     )
     assert json.loads(answer.stdout.splitlines()[-1])["modules_of_ours"] == []
-    assert (folder / "run" / "export" / "visual_head.safetensors").is_file()
+    assert (trained / "run" / "export" / "visual_head.safetensors").is_file()
 
 
 PLAIN_TRANSFORMERS = """
@@ -60,7 +47,9 @@ print(json.dumps({"tokens": tokens.shape[1], "modules_of_ours": ours}))
 """
 
 
-def test_a_wrong_key_is_named_with_its_line(folder: Path) -> None:
+def test_a_missing_codebook_and_a_wrong_key_are_named(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    assert "fit-codebook" in asvr("tokenize", "recipe.yaml", cwd=folder, code=4)
     text = (folder / "recipe.yaml").read_text().replace("unit_size", "unit_sise")
     (folder / "wrong.yaml").write_text(text)
     line = text.splitlines().index("    unit_sise: 5") + 1

@@ -59,6 +59,9 @@ RECIPE = {
 }
 
 
+BEFORE_THE_SECOND_GUIDE = ["fit-codebook recipe.yaml --only tiny", "tokenize recipe.yaml --only pictures"]
+
+
 def asvr(*arguments: str, cwd: Path, code: int = 0) -> str:
     """Run the command and return what it printed; its exit code must be `code`."""
     result = subprocess.run(
