@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_sets import KEYS, MARK, SIZES, assemble, codebooks, commit_unit, header, histograms, make_set, random_codes
 from pydantic import ValidationError
@@ -95,7 +95,6 @@ def read_outcome(store: Store) -> CommitRecord | VerificationFailed:
 
 
 @given(st.data())
-@settings(max_examples=60)
 def test_a_damaged_commit_record_is_noticed_at_any_offset(tmp_path_factory, data):
     store = Store.open(tmp_path_factory.mktemp("out"))
     record = commit_unit(store, "u000000", ["a", "b"], {"b"})

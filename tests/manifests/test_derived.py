@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from flaky_store import die_everywhere
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_sets import KEYS, assemble, commit_unit, header, make_set, spec
 from set_content import held, one_set
@@ -180,7 +180,6 @@ def test_merge_and_filter_may_die_anywhere(tmp_path):
             assert held(folder) == held(folders[-1])
 
 
-@settings(max_examples=40)
 @given(data=st.data())
 def test_any_choice_keeps_its_images_and_their_codes(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("set")

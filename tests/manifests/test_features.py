@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_sets import MARK, NUMERICS, header, make_set, shard_data
 from pydantic import ValidationError
@@ -173,7 +173,6 @@ def test_a_manifest_has_the_keys_of_its_kind_and_no_others(tmp_path):
         Manifest.model_validate({**features, "codebook": codes["codebook"]})
 
 
-@settings(max_examples=40)
 @given(data=st.data())
 def test_any_values_come_back_bit_by_bit(tmp_path_factory, data):
     """NaN and infinity too: what is finite is for `verify` to say."""

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from flaky_store import die_everywhere
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_sets import MARK, assemble, commit_unit, make_set
 from set_content import held, one_set
@@ -161,7 +161,6 @@ def test_it_may_die_anywhere(tmp_path, purge):
             assert [mentions(folder, name) for name in gone] == [[]] * 4
 
 
-@settings(max_examples=30)
 @given(data=st.data())
 def test_the_others_keep_their_codes(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("set")

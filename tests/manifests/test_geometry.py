@@ -173,7 +173,6 @@ def test_content_mask_of_pad_is_exact_for_every_aspect_ratio(width: int, height:
 
 @pytest.mark.parametrize("mode", ["squash", "crop"])
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000))
-@settings(max_examples=40)
 def test_every_position_of_squash_and_crop_shows_the_picture(mode: str, width: int, height: int) -> None:
     image = np.zeros((height, width, 3), dtype=np.uint8)
     _, boxes = make_views(image, Geometry.model_validate({"mode": mode, "size": 14}))

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_sets import MARK, assemble, codebooks, commit_unit, make_set, random_codes
 
@@ -59,7 +59,6 @@ def test_codes_come_back_in_the_order_asked(tmp_path):
     opened = open_manifest(tmp_path)
 
     @given(st.lists(st.sampled_from(sorted(rng_rows)), max_size=30))
-    @settings(max_examples=30)
     def check(ids):
         found = opened.read_codes(ids)
         assert len(found) == len(ids)

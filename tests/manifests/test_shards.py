@@ -68,7 +68,6 @@ def made_data(draw):
 
 
 @given(made_data())
-@settings(max_examples=40)
 def test_a_shard_reads_as_it_was_written_and_has_one_encoding(tmp_path_factory, case):
     dtype, data = case
     blob = encode(data, dtype)

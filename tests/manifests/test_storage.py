@@ -31,7 +31,7 @@ NAME = st.lists(PART.filter(lambda part: part not in (".", "..") and len(part.en
 
 
 @given(data=st.data())
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_name_and_content_come_back(tmp_path_factory, s3, data):
     """The same names in all three, so that what one of them cannot keep is noticed."""
     rel = "/".join(data.draw(NAME))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_sets import MARK, assemble, commit_unit, make_set, random_codes, shard_data
 
@@ -91,7 +91,6 @@ def test_ids_of_one_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @given(st.lists(st.lists(st.text("aé", max_size=3), max_size=8), max_size=8))
-@settings(max_examples=60)
 def test_repeated_ids_are_those_that_a_counter_finds(columns: list[list[str]]) -> None:
     ids = RepeatedIds()
     chunked = [pa.chunked_array([pa.array(column, pa.string())]) for column in columns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenize_stage.cosine_search import CosineSearch, unit_codebook
@@ -50,7 +50,6 @@ def test_equal_codes_need_no_shift():
     assert len(found.row_M) == 0
 
 
-@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), noise=st.sampled_from([1e-6, 1e-4, 1e-2]))
 def test_noise_of_a_size_makes_flips_of_at_most_that_size(seed, noise):
     rng = np.random.default_rng(seed)
@@ -66,7 +65,6 @@ def test_noise_of_a_size_makes_flips_of_at_most_that_size(seed, noise):
     assert set(found.row_M) == set(np.flatnonzero((stored != computed).any(axis=1)))
 
 
-@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_cosine_codes_obey_the_same_bound(seed):
     rng = np.random.default_rng(seed)

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from train_stage.plan import epoch_order, make_plan
 
 
-@settings(max_examples=40)
 @given(
     samples=st.integers(1, 60),
     batch=st.integers(1, 20),

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tiny_set
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import shards
@@ -61,7 +61,6 @@ def test_rows_are_those_of_the_shards(tmp_path: Path) -> None:
         assert (rows.source_size[image], rows.sha256[image].tobytes()) == (len(data), hashlib.sha256(data).digest())
 
 
-@settings(max_examples=30)
 @given(asked=st.lists(st.integers(-3, 12)))
 def test_any_images_in_any_order_are_found(asked: list[int], thirteen: OpenManifest) -> None:
     names = thirteen.index()["image_id"].to_pylist()
