@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -12,20 +16,54 @@ import yaml
 from pages import PAGES, ROOT, blocks
 from users_folder import asvr
 
+from pipeline.recipe import load_recipe
+
 BELOW = {"source": "tokenize", "geometry": "tokenize", "model": "train", "phases": "train", "objective": "phases"}
 """What a snippet that starts in the middle of a recipe belongs to."""
 
 
 def snippets() -> list[Any]:
-    """Each `yaml` block in parts, one for each key at its margin: a block may show the same key with several values."""
+    """Each `yaml` block of the pages, in parts: one for each key at its margin."""
     found = []
     for page in PAGES:
         for number, block in enumerate(blocks(page, "yaml")):
-            parts = re.split(r"^(?=\S)", re.sub(r"^#.*\n", "", block, flags=re.MULTILINE), flags=re.MULTILINE)
+            # What is commented out is another value for the key before it.
+            text = re.sub(r"^( *)# (\w+: [{\[])", r"\1\2", block, flags=re.MULTILINE)
+            parts = re.split(r"^(?=[^\s#])", text, flags=re.MULTILINE)
             found += [
-                pytest.param(part, id=f"{page.name}-{number}-{place}") for place, part in enumerate(parts) if part
+                pytest.param(part, id=f"{page.name}-{number}-{place}")
+                for place, part in enumerate(part for part in parts if yaml.safe_load(part) is not None)
             ]
     return found
+
+
+def readings(part: str) -> list[Any]:
+    """The values of a part, which may show one key several times: with the first of each, the second, and so on."""
+    root = yaml.compose(part)
+    keys = [[key.value for key, _ in node.value] for node in every_node(root) if isinstance(node, yaml.MappingNode)]
+    most = max(count for own in keys for count in Counter(own).values())
+    return [read(root, number) for number in range(most)]
+
+
+def every_node(node: yaml.Node) -> Iterator[yaml.Node]:
+    """A node and all below it."""
+    yield node
+    if isinstance(node, yaml.CollectionNode):
+        for item in node.value:
+            for below in item if isinstance(item, tuple) else (item,):
+                yield from every_node(below)
+
+
+def read(node: yaml.Node, number: int) -> Any:
+    """The value of a node, of keys shown several times the one of that number, or the last."""
+    if isinstance(node, yaml.MappingNode):
+        shown: dict[Any, list[yaml.Node]] = {}
+        for key, item in node.value:
+            shown.setdefault(read(key, 0), []).append(item)
+        return {key: read(items[min(number, len(items) - 1)], number) for key, items in shown.items()}
+    if isinstance(node, yaml.SequenceNode):
+        return [read(item, number) for item in node.value]
+    return yaml.SafeLoader("").construct_object(node)
 
 
 def whole(value: dict[str, Any]) -> dict[str, Any]:
@@ -61,9 +99,22 @@ def parts() -> jsonschema.Draft202012Validator:
 def test_a_snippet_of_a_recipe_has_only_keys_that_there_are(
     parts: jsonschema.Draft202012Validator, snippet: str
 ) -> None:
-    parts.validate(whole(written(yaml.safe_load(snippet))))
+    for value in readings(snippet):
+        parts.validate(whole(written(value)))
 
 
-def test_a_snippet_with_an_unknown_key_is_noticed(parts: jsonschema.Draft202012Validator) -> None:
-    with pytest.raises(jsonschema.ValidationError):
-        parts.validate(whole({"phases": [{"name": "instruct", "learning_rate": 1e-5}]}))
+@pytest.mark.parametrize(("first", "second"), [("learning_rate: 1", "lr: 1"), ("lr: 1", "learning_rate: 1")])
+def test_an_unknown_key_is_noticed(parts: jsonschema.Draft202012Validator, first: str, second: str) -> None:
+    """In whichever of several values that a snippet shows for a key."""
+    values = readings(f"phases:\n  - {{name: instruct, {first}}}\nphases:\n  - {{name: instruct, {second}}}\n")
+    assert len(values) == 2
+    wrong = [value for value in values if not parts.is_valid(whole(value))]
+    assert wrong == [values[0] if "rate" in first else values[1]]
+
+
+def test_the_recipe_that_extends_another_is_one(tmp_path: Path) -> None:
+    """`set:` holds dotted keys, which no schema knows."""
+    (snippet,) = blocks(ROOT / "docs" / "recipes.md", "yaml")
+    shutil.copy(ROOT / "pipeline" / "recipes" / "llava15_7b.yaml", tmp_path)
+    (tmp_path / "recipe.yaml").write_text(snippet)
+    assert load_recipe(tmp_path / "recipe.yaml").train().phase("instruct").lr == 1e-5
