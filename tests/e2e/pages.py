@@ -46,11 +46,17 @@ def options_in_sentences() -> dict[str, str]:
     return found
 
 
-def words(line: str) -> list[str]:
-    """The arguments of a shown `asvr ...`: what is optional is given, and one of several is the first of them."""
-    text = line.replace("\\|", "|").split("#")[0].split("   ")[0].removesuffix(" | sh")
-    text = re.sub(r"\[([^\]]*)\]", r" \1 ", text).replace("...", " ").replace("…", " ")
+def words(line: str, *, given: bool = True) -> list[str]:
+    """The arguments of a shown `asvr ...`: what is optional is `given` or not, and one of several is the first of them."""
+    text = line.replace("\\|", "|").split("#")[0].split("   ")[0]
+    text = re.sub(r"\[([^\]]*)\]", r" \1 " if given else " ", text).replace("...", " ").replace("…", " ")
     return [word.split("|")[0] for word in shlex.split(text)[1:]]
+
+
+def is_mention(arguments: list[str]) -> bool:
+    """Whether a verb is only spoken of, with or without options: nothing is said to do it to."""
+    rest = arguments[len(verb(arguments).split()) :]
+    return not rest or rest[0].startswith("--")
 
 
 def verb(arguments: list[str]) -> str:

@@ -42,6 +42,7 @@ RECIPE = {
         "output": "run",
         "precision": "float32",
         "model": {"language_model": "llama", "vision_tower": "tower", "vision_feature_layer": 2},
+        "eval": {"data": [{"path": "talks.json", "image_root": "images"}]},
         "save_every": 2,
         "log_every": 1,
         "phases": [
@@ -59,7 +60,15 @@ RECIPE = {
 }
 
 
-BEFORE_THE_SECOND_GUIDE = ["fit-codebook recipe.yaml --only tiny", "tokenize recipe.yaml --only pictures"]
+BEFORE_THE_SECOND_GUIDE = [
+    "fit-codebook recipe.yaml --only tiny",
+    "tokenize recipe.yaml --only pictures",
+    "train recipe.yaml --launcher torchrun --nproc 2 --dry-run",
+    "train recipe.yaml --launcher torchrun --nproc 2 --nodes 2 --rendezvous first:29500 --dry-run",
+    "train recipe.yaml --launcher deepspeed --nproc 2 --hostfile hosts --dry-run",
+    "train recipe.yaml --launcher slurm --nproc 8 --nodes 2 --dry-run",
+]
+"""What launchers would start is only said while there is something to train."""
 
 
 def asvr(*arguments: str, cwd: Path, code: int = 0) -> str:
