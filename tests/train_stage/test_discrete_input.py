@@ -13,6 +13,7 @@ import pytest
 import tiny_run
 import tiny_set
 import torch
+from pages import ROOT, blocks
 
 from manifests.errors import InputError
 from manifests.schema import Geometry
@@ -94,15 +95,15 @@ def test_it_trains_exports_and_reloads(
     assert loaded_tokenizer.chat_template == "{{ messages }}"
 
     np.savez(tmp_path / "in.npz", ids=batch.input_ids, codes=batch.targets["input_codes"], logits=ours)
-    code = """
+    (page,) = blocks(ROOT / "docs" / "model.md", "python")
+    code = f"""
 import sys
 import numpy as np, torch
-from discrete_llava import load
-read = {name: torch.from_numpy(values) for name, values in np.load(sys.argv[1]).items()}
-model, tokenizer = load(".")
-with torch.no_grad():
-    assert torch.allclose(model(read["ids"], read["codes"]), read["logits"], rtol=0, atol=1e-5)
-assert model.generate(read["ids"], read["codes"], max_new_tokens=3, min_new_tokens=3).shape == (1, 3)
+read = {{name: torch.from_numpy(values) for name, values in np.load(sys.argv[1]).items()}}
+input_ids, codes = read["ids"], read["codes"]
+{page}
+assert torch.allclose(logits, read["logits"], rtol=0, atol=1e-5)
+assert model.generate(input_ids, codes, max_new_tokens=3, min_new_tokens=3).shape == (1, 3)
 assert not [name for name in sys.modules if name.split(".")[0] in ("train_stage", "manifests", "deepspeed")]
 """
     command = [sys.executable, "-c", code, str(tmp_path / "in.npz")]
