@@ -133,7 +133,10 @@ def _rows(found: Inspected) -> list[tuple[str, str]]:
         ("source", lies),
         ("shard", found.opened.store.where(found.row.shard.path)),
         ("row", f"{found.row.row:,}, counted from 0, of {found.row.shard.rows:,}"),
-        ("views", f"{len(found.boxes_V4)} of {geometry.mode} {geometry.size}"),
+        (
+            "views",
+            f"{len(found.boxes_V4)} of {geometry.mode} {geometry.size}; a box is left, top, right, bottom in source pixels",
+        ),
     ]
     rows += [(f"box {n}", " ".join(f"{edge:g}" for edge in box)) for n, box in enumerate(found.boxes_V4)]
     rows += carried(found.opened, found.row)

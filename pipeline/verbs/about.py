@@ -21,9 +21,10 @@ def demo(context: typer.Context) -> None:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine has and lacks for either stage, with the remedy.
+    """Say what this machine has and lacks.
 
-    Exits with 9 when something keeps a stage from working. Credentials are looked for, never shown.
+    With the remedy for what either stage lacks. Exits with 9 when something keeps a stage from working. Credentials are
+    looked for, never shown.
     """
     from pipeline.doctor import show
 

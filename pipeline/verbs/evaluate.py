@@ -35,7 +35,7 @@ def evaluate(
     ] = False,
     processes: Annotated[int, typer.Option(min=1, metavar="N", help="of that command: one per GPU")] = 1,
 ) -> None:
-    """Measure held-out losses, accuracy of codes and exact answers.
+    """Measure held-out losses, codes found and answers.
 
     A run gives losses and answers, an export answers alone. Everything said is kept in DIR/answers.jsonl.
     """

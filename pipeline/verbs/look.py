@@ -20,9 +20,10 @@ def report(
     images: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="images to show of a token set")] = 200,
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="default: report.html in the folder")] = None,
 ) -> None:
-    """Write one HTML page to look at: pictures beside their codes, curves, answers.
+    """Write one HTML page of pictures, codes and curves.
 
-    The page needs no network and no other file. With a RUN it also shows the token sets that the run learned from.
+    Of a token set pictures beside their codes, of a RUN its curves and answers, and the token sets that it learned from.
+    The page needs no network and no other file.
     """
     from pipeline.progress import ProgressLine
     from pipeline.report.build import write_report

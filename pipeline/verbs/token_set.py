@@ -75,9 +75,10 @@ def retry(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. --set max_pixels=500000000")
     ] = None,
 ) -> None:
-    """Try rejected images again, with the settings the folder remembers.
+    """Try rejected images again.
 
-    Ok images are not encoded again; what is new or changed in the source is taken in, as in every run.
+    The settings are those that the folder remembers. Ok images are not encoded again; what is new or changed in the
+    source is taken in, as in every run.
     """
     from pipeline.manifest_verbs import retry as try_again
 
@@ -94,7 +95,10 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove files that no manifest, snapshot or commit record names."""
+    """Remove files that nothing in the token set names.
+
+    What names files: the manifest, its older snapshots, and the records of commits.
+    """
     from pipeline.manifest_verbs import gc as collect
 
     collect(out, older_than=older_than, keep_snapshots=keep_snapshots, dry_run=dry_run, as_json=as_json)
@@ -112,9 +116,10 @@ def push(
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="replace a set of another fingerprint")] = False,
 ) -> None:
-    """Publish a finished token set on the Hugging Face Hub, with a card.
+    """Publish a token set on the Hugging Face Hub.
 
-    Goes on where an interrupted push stopped. A phase trains on it with `manifests: [hf://datasets/OWNER/NAME]`.
+    The set has to be finished, and gets a card. Goes on where an interrupted push stopped. A phase trains on it with
+    `manifests: [hf://datasets/OWNER/NAME]`.
     """
     from pipeline.publish import push as publish
 

@@ -62,7 +62,7 @@ def fit_codebook(
 
 @app.command()
 def tokenizers(as_json: AsJson = False) -> None:
-    """List the tokenizers there are, with shape, origin and licence.
+    """List the tokenizers with shape, origin and licence.
 
     The kind is what a recipe's `tokenizer: {kind: ...}` says. Figures are those of the published weights; "-" is what
     the recipe or the files decide.

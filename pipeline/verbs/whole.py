@@ -24,9 +24,10 @@ app = typer.Typer()
 
 @app.command()
 def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what of a recipe is fresh, stale, missing or interrupted, and why.
+    """Say what of a recipe is up to date, and why not.
 
-    Reads the outputs themselves, writes nothing, and starts neither Ray nor torch.
+    A step is fresh, stale, missing, interrupted, running or blocked. Reads the outputs themselves, writes nothing, and
+    starts neither Ray nor torch.
     """
     from pipeline.run_recipe import show_plan
 
@@ -47,7 +48,7 @@ def run_(
     hostfile: HostFile = None,
     rendezvous: Rendezvous = None,
 ) -> None:
-    """Do what is stale, missing or interrupted, in order; nothing else.
+    """Do what is not fresh, in order, and nothing else.
 
     Where something would have to be replaced, nothing is begun without --replace. Phases that are replaced are moved to
     RUN/_replaced, not deleted.
