@@ -42,8 +42,9 @@ class VerifyReport:
 class StatusReport(VerifyReport):
     """The counts so far; `interrupted` means that running the job again goes on where it stopped.
 
-    `owner` says who holds the lease while the state is `in progress`. `progress` is what that job, or the one that was
-    interrupted, last wrote about itself, `progress_age` seconds ago.
+    `owner` says who holds the lease while the state is `in progress`. `progress` is what that job last wrote about itself,
+    `progress_age` seconds ago; of a job that was interrupted it is what is committed, and None where there is an older
+    manifest, which the counts are of.
     """
 
     state: State = "complete"

@@ -26,10 +26,26 @@ def status(folder: str | Path) -> StatusReport:
     refuse_run(store, folder)
     live = read_progress(store)
     report = _so_far(store, name, live)
-    return (
-        replace(report, progress=live.progress, progress_age=live.age)
-        if live and report.state != "complete"
-        else report
+    if live is None or report.state == "complete":
+        return report
+    progress: JobProgress | None = live.progress
+    if report.owner is None:
+        progress = None if store.exists(name) else _stopped(live.progress, report, len(list_commits(store)))
+    return replace(report, progress=progress, progress_age=live.age)
+
+
+def _stopped(last: JobProgress, report: StatusReport, units: int) -> JobProgress:
+    """How far a job that stopped had come: what it committed, for the images in work were lost with it."""
+    return JobProgress(
+        done=report.images,
+        total=max(last.total, report.images),
+        rejected=report.rejected,
+        units_done=units,
+        units_total=max(last.units_total, units),
+        rate=0.0,
+        eta=None,
+        wait_share=0.0,
+        workers=0,
     )
 
 

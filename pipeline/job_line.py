@@ -30,17 +30,19 @@ def worker_notes(now: JobProgress) -> list[str]:
 
 
 def live_rows(report: StatusReport) -> list[tuple[str, object]]:
-    """Who holds the lease, and what the job says of itself or last said."""
+    """Who holds the lease and what that job says of itself, or what one that stopped had committed."""
     rows: list[tuple[str, object]] = [("owner", report.owner)] if report.owner else []
     now = report.progress
     if now is None or report.progress_age is None:
         return rows
     share = f" ({100 * now.done // now.total}%)" if now.total else ""
-    parts = [f"{now.done:,}/{now.total:,} images{share}", f"{now.units_done:,}/{now.units_total:,} units"]
+    committed = "" if report.owner else " committed"
+    parts = [f"{now.done:,}/{now.total:,} images{share}{committed}", f"{now.units_done:,}/{now.units_total:,} units"]
     if now.rate:
         parts.append(f"{now.rate:,.1f} images/s")
     parts += [*worker_notes(now), f"{now.rejected:,} rejected"]
-    if report.owner and now.eta is not None:
+    if now.eta is not None:
         parts.append(f"ETA {duration(now.eta)}")
-    rows.append(("progress", f"{', '.join(parts)}; {duration(report.progress_age)} ago"))
+    heard = "" if report.owner else "the job stopped, last heard of "
+    rows.append(("progress", f"{', '.join(parts)}; {heard}{duration(report.progress_age)} ago"))
     return rows

@@ -6,13 +6,15 @@ import json
 import logging
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from made_jobs import job_config, make_pictures, start_driver
 from test_budget import record
 
-from manifests.live import JobProgress, read_progress
+from manifests.commits import list_commits, read_commit
+from manifests.live import JobProgress, read_progress, write_progress
 from manifests.report import mixed_devices
 from manifests.schema import Numerics
 from manifests.status import status
@@ -109,10 +111,14 @@ def test_status_of_a_job_that_runs(codebook: Path, tmp_path: Path) -> None:
     assert "/600 images (" in str(rows["progress"])
     assert "ETA" in str(rows["progress"])
 
+    write_progress(store, replace(live.progress, done=0))  # as of a kill within seconds of its start
     stopped = status(tmp_path / "out")
     assert stopped.state == "interrupted"
     assert stopped.progress is not None
     assert "ETA" not in str(dict(live_rows(stopped))["progress"])
+    committed = sum(len(read_commit(store, unit).members) for unit in list_commits(store))
+    assert stopped.progress.done == stopped.images == stopped.ok == committed
+    assert f"{committed}/600 images (" in str(dict(live_rows(stopped))["progress"])
 
     run_job(config.model_copy(update={"source": config.source, "unit_size": 64}))
     finished = status(tmp_path / "out")
