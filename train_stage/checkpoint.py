@@ -199,8 +199,8 @@ def check_fits(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     if differing:
         said = dict.fromkeys(_COMPARED_BY_CONTENT.get(re.split(r"[.\[:]", text)[0], text) for text in differing)
         raise TrainingStopped(
-            f"{checkpoint.path} was made with other settings ({'; '.join(list(said)[:6])}): restore them, "
-            f"choose another output, or remove {checkpoint.path.parent}"
+            f"{checkpoint.path} was made with other settings ({'; '.join(list(said)[:6])}): restore them, choose another "
+            "output, or train anew with asvr run RECIPE --replace, which moves what is there aside"
         )
 
 

@@ -97,7 +97,7 @@ def test_inputs_are_compared_by_content(config: TrainConfig, tmp_path: Path) -> 
     checkpoints.check_fits(newest, checkpoints.settings_of(same, "pretrain"))
     records = json.loads(moved.read_text())
     moved.write_text(json.dumps(records[1:]))
-    with pytest.raises(TrainingStopped, match=r"other settings \(data: other records\)"):
+    with pytest.raises(TrainingStopped, match=r"other settings \(data: other records\).* asvr run RECIPE --replace"):
         checkpoints.check_fits(newest, checkpoints.settings_of(same, "pretrain"))
 
 
