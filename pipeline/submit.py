@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 
-from manifests.errors import EnvironmentProblem, Interrupted, RecipeError
+from manifests.errors import EXIT_CODES, EnvironmentProblem, Interrupted, RecipeError
 from pipeline.console import plain, write_line
 from pipeline.launchers import find_program
 from pipeline.ranks import run_program
@@ -23,15 +23,27 @@ from pipeline.token_sets import Choice
 _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Ray would submit to the cluster that these name, whatever its --address says."""
 
+_EXIT_CODE = re.compile(r"Status message: Job entrypoint command failed with exit code (\d+)")
+"""What `ray job status` says of a job that failed; the end of the job's log comes after it."""
+
 _ERROR = re.compile(r"^[\w.]*Error: (.+)$", re.MULTILINE)
 """The line of a traceback, or of wrong usage, that says what was wrong."""
+
+
+class JobFailed(EnvironmentProblem):
+    """A submitted job ended with an error, which stands in its log. Its exit code is ours where it is one of `asvr`."""
+
+    def __init__(self, message: str, code: int | None) -> None:
+        super().__init__(message)
+        if code in EXIT_CODES:
+            self.exit_code = code
 
 
 def tokenize(choice: Choice, address: str, *, limit: int | None = None, dry_run: bool = False) -> None:
     """Submit the token sets of `choice` and wait, its log on our output; with `dry_run` print the command.
 
     Raises RecipeError for a set that would not use the cluster, EnvironmentProblem when there is no `ray` here, or the job
-    could not be submitted or failed, and Interrupted when somebody stopped it.
+    could not be submitted, JobFailed when it failed, and Interrupted when somebody stopped it.
     """
     for name, config in choice.sets().items():
         if config.engine != "ray" or config.ray.address != "auto":
@@ -41,7 +53,8 @@ def tokenize(choice: Choice, address: str, *, limit: int | None = None, dry_run:
             )
     command = ["--address", address, "--", "asvr", *_arguments(choice, limit)]
     if dry_run:
-        write_line(plain(shlex.join(["ray", "job", "submit", *command])))
+        without = [part for name in _OVERRIDES if name in os.environ for part in ("-u", name)]
+        write_line(plain(shlex.join([*(["env", *without] if without else []), "ray", "job", "submit", *command])))
         return
     _run(address, command)
 
@@ -58,13 +71,15 @@ def _run(address: str, command: list[str]) -> None:
             f"the job server at {address} did not take the job, or was lost ({reasons[-1][:200]}): correct --submit; if it "
             "asks for a token, set RAY_AUTH_MODE=token"
         )
-    if code:
-        raise EnvironmentProblem(
-            f"the job on {address} failed, and what it said stands above; what is committed is kept, and the same command "
-            "goes on"
-        )
     status = [ray, "job", "status", "--address", address, job]
     found = subprocess.run(status, env=environment, capture_output=True, text=True, check=False)
+    if code:
+        own = _EXIT_CODE.search(found.stdout)
+        raise JobFailed(
+            f"the job on {address} failed, and what it said stands above; what is committed is kept, and the same command "
+            "goes on",
+            int(own[1]) if own else None,
+        )
     if found.returncode:
         raise EnvironmentProblem(
             f"the job server at {address} no longer says how job {job} ended: ask it, or run the same command again"

@@ -134,12 +134,18 @@ def save_recipe(folder: Path, engine: str, address: str = "auto") -> Path:
     return file
 
 
-def test_a_submitted_job_is_the_same_command_on_the_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_submitted_job_is_the_same_command_on_the_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray.dashboard.modules.job.cli import submit as ray_submit
 
     choice = Choice(save_recipe(tmp_path, "ray"), ["vqa"], ["tokenize.vqa.unit_size=2"], replace=True)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")  # which Ray would submit to, whatever its --address says
     submit.tokenize(choice, "http://head:8265", limit=5, dry_run=True)
-    command = shlex.split(capsys.readouterr().out)
+    printed = shlex.split(capsys.readouterr().out)
+    assert printed[:3] == ["env", "-u", "RAY_ADDRESS"]
+    command = printed[3:]
     assert command[:3] == ["ray", "job", "submit"]
     read = ray_submit.make_context("submit", command[3:]).params
     assert read["address"] == "http://head:8265"

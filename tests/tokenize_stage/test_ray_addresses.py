@@ -25,7 +25,7 @@ import pytest
 import yaml
 from made_jobs import DRIVER, ROOT, content, job_config, make_pictures
 
-from manifests.errors import EnvironmentProblem
+from manifests.errors import EnvironmentProblem, InputError
 from tokenize_stage.config import RayConfig, TokenSetConfig
 from tokenize_stage.job import run_job
 
@@ -139,7 +139,7 @@ def test_a_submitted_job_that_is_stopped_is_not_done(head: Head, local: TokenSet
 
 def test_a_submitted_job_that_fails_says_why(head: Head, local: TokenSetConfig, tmp_path: Path) -> None:
     submitted = submit(local, tmp_path, head.job_server, head.environment, source={"kind": "folder", "path": "nothing"})
-    assert submitted.wait(timeout=60) == EnvironmentProblem.exit_code
+    assert submitted.wait(timeout=60) == InputError.exit_code
     assert f"error: the image folder {tmp_path}/nothing does not exist" in said(tmp_path)
     assert last_line(tmp_path).startswith(f"error: the job on {head.job_server} failed, and what it said stands above")
 
