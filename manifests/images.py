@@ -44,8 +44,18 @@ class ImageSource:
 class UnitReader:
     """Reads the images of one unit, from any number of threads; a container is opened once for all of them."""
 
-    def __init__(self, source: ImageSource, members: pa.Table, rows: Sequence[int], store: Store | None = None) -> None:
-        """`members` as an inventory has them; `rows` are the places in it that will be read, each once."""
+    def __init__(
+        self,
+        source: ImageSource,
+        members: pa.Table,
+        rows: Sequence[int],
+        store: Store | None = None,
+        *,
+        carried: Sequence[int] = (),
+    ) -> None:
+        """`members` as an inventory has them; `rows` are the places in it that will be read, each once, and `carried`
+        those whose carried columns will be. What is in neither is not held when the reader comes past it.
+        """
         self._source = source
         self._store = store or Store.open(source.root)
         self._ids: list[str] = members["image_id"].to_pylist()
@@ -63,9 +73,9 @@ class UnitReader:
             if file := self._files[row]:
                 self._wanted[file].append((self._offsets[row], self._sizes[row]))
         for offsets, lengths in self._texts.values():
-            for file, offset, length in zip(self._files, offsets, lengths, strict=True):
-                if file and length >= 0:
-                    self._wanted[file].append((offset, length))
+            for row in carried:
+                if (file := self._files[row]) and lengths[row] >= 0:
+                    self._wanted[file].append((offsets[row], lengths[row]))
         self._open: dict[str, Container] = {}
         self._lock = threading.Lock()
 

@@ -103,7 +103,7 @@ class Worker:
             images = _stream(rows, count, copied, groups)
             with closing(fill_batches(images, order.batch_size, order.geometry.size)) as batches:
                 self._encode(batches, rows, timing, on_images)
-        with UnitReader(order.images, unit.members, []) as reader:
+        with UnitReader(order.images, unit.members, [], carried=sorted(rows.pictures)) as reader:
             shard = rows.write_shard(self._store, reader)
         seconds = round(time.monotonic() - timing.began, 3)
         record = CommitRecord(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -92,7 +93,7 @@ def test_what_is_carried_along(place: Place) -> None:
     inventory = inventory_of(place.location, "txt", ".JSON")
     assert inventory.images_at.carry == ("txt", "json")
     rows = [5, 2, 0, 1, 3, 4]
-    with UnitReader(inventory.images_at, inventory.table, range(inventory.images)) as reader:
+    with UnitReader(inventory.images_at, inventory.table, range(inventory.images), carried=rows) as reader:
         extra = reader.carried(rows)
         assert [reader.read(row)[:4] for row in (5, 0)]
     assert extra is not None
@@ -104,6 +105,28 @@ def test_what_is_carried_along(place: Place) -> None:
         0: "{}", 1: '{"x": 1}', 2: None, 3: None, 4: None, 5: None,
     }  # fmt: skip
     assert [error.message.count("huge.txt") for error in inventory.errors] == [1]
+
+
+@pytest.mark.parametrize("carried", [(), (3,)])
+def test_texts_that_nobody_asks_for_are_not_held(tmp_path: Path, carried: tuple[int, ...]) -> None:
+    texts = [f"{number}".encode() * 2**20 for number in range(8)]
+    members = [
+        (f"{n}.{kind}", data) for n, text in enumerate(texts) for kind, data in (("png", picture(n)), ("txt", text))
+    ]
+    (tmp_path / "long.tar.zst").write_bytes(zst(tar_of(members)))
+    inventory = inventory_of(str(tmp_path), "txt")
+    rows = range(inventory.images)
+    with UnitReader(inventory.images_at, inventory.table, rows, carried=carried) as reader:
+        tracemalloc.start()
+        try:
+            assert [reader.read(row) for row in rows] == [picture(row) for row in rows]
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < (len(carried) + 3) * 2**20  # what is decompressed ahead among it
+        extra = reader.carried(carried)
+    assert extra is not None
+    assert extra["txt"].to_pylist() == [texts[row].decode() for row in carried]
 
 
 def test_members_that_are_no_pictures_of_their_own_are_named(place: Place) -> None:
