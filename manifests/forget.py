@@ -60,14 +60,16 @@ def forget_images(store: Store, image_ids: Sequence[str], *, purge: bool = False
         raise InputError("no image id was given: name them, or give a file with --ids")
     with store.lease("manifest forget"):
         opened = _finished(store)
-        affected = _units_with(store, opened, wanted)
+        affected, emptied = _units_with(store, opened, wanted)
         remember_forgotten(store, wanted)
         for unit in affected:
             _rewrite(store, opened, read_commit(store, unit), wanted)
         store.check_lease()
         # The command line of this very call names the images: the manifest keeps the one that made the codes.
         header = header_of(opened, command=opened.manifest.provenance.command)
-        assemble_manifest(store, header, read_commits(store))
+        assemble_manifest(store, header, (record for record in read_commits(store) if record.unit not in emptied))
+        for unit in emptied:  # not before: of every unit that a manifest names there is a record
+            store.delete(commit_path(unit))
         holding = [path for path in list_snapshots(store) if _shows(store, path, wanted)]
         if purge:
             store.delete(LISTING_NAME)
@@ -89,9 +91,12 @@ def _finished(store: Store) -> OpenManifest:
     return opened
 
 
-def _units_with(store: Store, opened: OpenManifest, wanted: frozenset[str]) -> dict[str, int]:
-    """The units that hold some of the images, with how many. Nothing is written before all records are seen to fit."""
-    found = {}
+def _units_with(store: Store, opened: OpenManifest, wanted: frozenset[str]) -> tuple[dict[str, int], frozenset[str]]:
+    """The units that hold some of the images, with how many, and the units that hold no other ones.
+
+    Nothing is written before all records are seen to fit.
+    """
+    found, emptied = {}, set()
     for record in read_commits(store):
         if record.fingerprint != opened.manifest.fingerprint:
             raise InputError(
@@ -100,7 +105,9 @@ def _units_with(store: Store, opened: OpenManifest, wanted: frozenset[str]) -> d
             )
         if count := int(_holds(record, wanted).sum()):
             found[record.unit] = count
-    return found
+        if count == len(record.members):  # also one that a call which was interrupted has emptied
+            emptied.add(record.unit)
+    return found, frozenset(emptied)
 
 
 def _holds(record: CommitRecord, wanted: frozenset[str]) -> npt.NDArray[np.bool_]:
@@ -112,8 +119,7 @@ def _rewrite(store: Store, opened: OpenManifest, record: CommitRecord, wanted: f
     keep = ~_holds(record, wanted)
     store.check_lease()
     if not keep.any():
-        store.delete(commit_path(record.unit))
-        return
+        record = record.model_copy(update={"shard": None})  # of which nothing is to be copied
     cut = cut_unit(store, record, opened.manifest.producer, keep)
     if cut.record.shard and cut.data is not None:
         store.write(cut.record.shard.path, cut.data)

@@ -143,7 +143,7 @@ def test_more_committed_than_listed_is_no_hindrance(tmp_path):
 
 @pytest.mark.parametrize("purge", [False, True])
 def test_it_may_die_anywhere(tmp_path, purge):
-    gone = ["0/0.jpg", "1/1.jpg", "2/3.jpg", "bad.jpg"]
+    gone = ["0/0.jpg", *(f"1/{i}.jpg" for i in range(5)), "2/3.jpg", "bad.jpg"]
 
     def prepare(last: int) -> Path:
         make_set(tmp_path / str(last))
@@ -154,11 +154,27 @@ def test_it_may_die_anywhere(tmp_path, purge):
     for folder in folders:
         assert verify(folder).problems == []
         assert set(held(folder)) & set(gone) in (set(gone), set())
+        assert {shard.unit for shard in open_manifest(folder).shards} <= set(list_commits(Store.open(folder)))
         forget_images(Store.open(folder), gone, purge=purge)
         assert verify(folder).problems == []
         assert held(folder) == held(folders[-1])
+        assert list_commits(Store.open(folder)) == ["u000000", "u000002"]
         if purge:
-            assert [mentions(folder, name) for name in gone] == [[]] * 4
+            assert [mentions(folder, name) for name in gone] == [[]] * len(gone)
+
+
+def test_what_an_interrupted_call_has_emptied_does_not_come_back_with_another_one(tmp_path):
+    gone = [f"1/{i}.jpg" for i in range(5)]
+
+    def prepare(last: int) -> Path:
+        make_set(tmp_path / str(last))
+        return tmp_path / str(last)
+
+    for folder in die_everywhere(prepare, lambda store: forget_images(store, gone)):
+        left = set(held(folder))
+        forget_images(Store.open(folder), ["0/0.jpg"])
+        assert verify(folder).problems == []
+        assert set(held(folder)) <= left - {"0/0.jpg"}
 
 
 @given(data=st.data())
