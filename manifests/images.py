@@ -152,9 +152,12 @@ class UnitReader:
     def _cells(self, file: str, rows: list[int]) -> pa.Table:
         table = open_table(self._store, file)
         try:
-            return table.take(rows, self._source.carry)
+            found = table.take(rows, self._source.carry)
         finally:
             table.close()
+        # Whether a column may be empty differs between the files of many a data set, and must not between shards.
+        nullable = pa.schema([field.with_nullable(True) for field in found.schema])
+        return pa.Table.from_arrays(found.columns, schema=nullable)
 
 
 def read_image(

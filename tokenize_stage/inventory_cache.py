@@ -8,7 +8,6 @@ in files of their own are looked at on every run too, up to a million of them. O
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -77,12 +76,12 @@ class Remembered:
             containers=tuple(header.containers),
         )
 
-    def rows(self, file: str, size: int, mtime_ns: int) -> tuple[pa.Table, Sequence[str]] | None:
+    def rows(self, file: str, size: int, mtime_ns: int) -> tuple[pa.Table, Container] | None:
         """See `KnownContainers`."""
         start, container = self._containers.get(file, (0, None))
         if container is None or (container.size, container.mtime_ns) != (size, mtime_ns):
             return None
-        return self.table.slice(start, container.rows), container.errors
+        return self.table.slice(start, container.rows), container
 
     @cached_property
     def table(self) -> pa.Table:

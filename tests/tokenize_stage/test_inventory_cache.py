@@ -9,7 +9,9 @@ import os
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from made_containers import Place, parquet_of
 from made_jobs import content, job_config, make_pictures, picture
 
 from manifests.errors import InputError
@@ -17,7 +19,7 @@ from manifests.images import ImageSource
 from manifests.reader import open_manifest
 from manifests.schema import SourceIdentity
 from manifests.storage import Store
-from tokenize_stage.config import FolderSource, LlavaSource, SourceConfig, WebdatasetSource
+from tokenize_stage.config import FolderSource, LlavaSource, ParquetSource, SourceConfig, WebdatasetSource
 from tokenize_stage.inventory_cache import ALWAYS_LISTED, INVENTORY_NAME, Listing, list_source
 from tokenize_stage.job import run_job
 from tokenize_stage.sources.inventory import Inventory, build_table
@@ -38,6 +40,23 @@ def make_tar(path: Path, first: int, count: int) -> None:
             member = tarfile.TarInfo(f"{number:06d}.png")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+
+
+def test_the_types_of_carried_columns_are_remembered(tmp_path: Path) -> None:
+    images, numbers = [picture(1), picture(2)], pa.array([1, 2], pa.int32())
+    place = Place(str(tmp_path / "source"))
+    place.put("a.parquet", parquet_of({"image": images, "n": numbers}))
+    config = ParquetSource.model_validate({"path": place.location, "carry": ["n"]})
+    store = Store.open(tmp_path / "out")
+    list_source(store, config, refresh=False).remember()
+    place.put("b.parquet", parquet_of({"image": images, "n": numbers.cast(pa.int64())}))
+    with pytest.raises(
+        InputError, match=r"'n' is int64 in .*b\.parquet and int32 in .*a\.parquet: write them with one"
+    ):
+        list_source(store, config, refresh=False)
+    place.put("b.parquet", parquet_of({"image": images, "n": numbers}))
+    list_source(store, config, refresh=False).remember()
+    assert [one.carried for one in list_source(store, config, refresh=False).inventory.containers] == [("int32",)] * 2
 
 
 def test_a_small_folder_is_listed_on_every_run(tmp_path: Path) -> None:

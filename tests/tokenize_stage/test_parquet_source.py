@@ -114,6 +114,27 @@ def test_ids_of_the_source_and_what_is_carried(place: Place) -> None:
         assert reader.carried([]) is None
 
 
+def test_carried_columns_keep_their_types_and_what_is_empty(place: Place) -> None:
+    always = pa.field("always", pa.int64(), nullable=False)
+    schema = pa.schema([("image", pa.binary()), ("text", pa.string()), ("n", pa.int32()), always])
+    columns = [[picture(1)] * 4, [None, None, "x", None], [None, None, None, 3], [1, 2, 3, 4]]
+    place.put("a.parquet", parquet_of(pa.Table.from_arrays(list(map(pa.array, columns)), schema=schema), rows=2))
+    other = schema.set(3, always.with_nullable(True))
+    nothing = [pa.nulls(2, field.type) for field in other]
+    place.put("b.parquet", parquet_of(pa.Table.from_arrays(nothing, schema=other)))
+    inventory = inventory_of(place.location, carry=["text", "n", "always"])
+    expected = pa.schema([("text", pa.string()), ("n", pa.int32()), ("always", pa.int64())])
+    for rows in ([0, 1], [4, 0, 3], [5]):
+        with UnitReader(inventory.images_at, inventory.table, []) as reader:
+            extra = reader.carried(rows)
+        assert extra is not None
+        assert extra.schema == expected
+        texts, numbers, always_numbers = ([*column, None, None] for column in columns[1:])
+        assert extra["text"].to_pylist() == [texts[row] for row in rows]
+        assert extra["n"].to_pylist() == [numbers[row] for row in rows]
+        assert extra["always"].to_pylist() == [always_numbers[row] for row in rows]
+
+
 def test_ids_that_cannot_be(place: Place) -> None:
     images = [picture(1), picture(2)]
     place.put("a.parquet", parquet_of({"image": images, "id": [7, 8], "name": ["x", ""], "score": [0.5, 1.5]}))

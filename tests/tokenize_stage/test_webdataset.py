@@ -17,6 +17,7 @@ from manifests.errors import InputError
 from manifests.images import UnitReader
 from tokenize_stage.config import WebdatasetSource
 from tokenize_stage.sources import INVENTORY_SCHEMA, Inventory, take_inventory
+from tokenize_stage.sources.inventory import Container
 
 
 def inventory_of(path: str | list[str], *carry: str) -> Inventory:
@@ -232,12 +233,12 @@ def test_a_tar_that_is_known_is_not_read_again(place: Place) -> None:
     class Known:
         asked: tuple[str, ...] = ()
 
-        def rows(self, file: str, size: int, mtime_ns: int) -> tuple[pa.Table, tuple[str, ...]] | None:
+        def rows(self, file: str, size: int, mtime_ns: int) -> tuple[pa.Table, Container] | None:
             self.asked += (file,)
             at = 0
             for one in first.containers:
                 if (one.file, one.size, one.mtime_ns) == (file, size, mtime_ns):
-                    return first.table.slice(at, one.rows), one.errors
+                    return first.table.slice(at, one.rows), one
                 at += one.rows
             return None
 

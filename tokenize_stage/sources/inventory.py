@@ -43,20 +43,24 @@ Identity = tuple[int, int]
 
 
 class Container(NamedTuple):
-    """A tar or Parquet file as it was read: `rows` rows of the inventory, which stand together, are in it."""
+    """A tar or Parquet file as it was read: `rows` rows of the inventory, which stand together, are in it.
+
+    `carried` names the types of a Parquet file's carried columns, in the order of the configuration.
+    """
 
     file: str
     size: int
     mtime_ns: int
     rows: int
     errors: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
 
 
 class KnownContainers(Protocol):
     """What the last inventory of the source knew of its containers."""
 
-    def rows(self, file: str, size: int, mtime_ns: int) -> tuple[pa.Table, Sequence[str]] | None:
-        """The rows and the errors of a container that is what it was; None for a new or changed one: it is to be read."""
+    def rows(self, file: str, size: int, mtime_ns: int) -> tuple[pa.Table, Container] | None:
+        """A container that is what it was, and its rows; None for a new or changed one: it is to be read."""
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,9 @@ _CACHE_PREFIX = "cache-"  # what `datasets` computed from a data set lies beside
 
 
 class _Found(NamedTuple):
-    """A file with its rows, or the references of a column of paths; `schema` is None when the file does not open."""
+    """A file with its rows, or the references of a column of paths."""
 
     container: Container
-    schema: pa.Schema | None
     table: pa.Table
     references: list[tuple[str | None, int]]
 
@@ -94,8 +93,8 @@ def _look(
     if stat is None:
         return _broken(name, FileStat(0, 0), f"{store.where(name)} is no file")
     if config.image_root is None and (remembered := known.rows(name, *stat) if known else None):
-        table, errors = remembered
-        return _Found(Container(name, *stat, table.num_rows, tuple(errors)), None, table, [])
+        rows, container = remembered
+        return _Found(container, rows, [])
     return with_retries(lambda: _read(store, config, name, stat), f"reading {store.where(name)}")
 
 
@@ -108,10 +107,9 @@ def _read(store: Store, config: ParquetSource, name: str, stat: FileStat) -> _Fo
         _check(store, config, name, table.schema)
         if config.image_root is not None:
             cells = table.read([config.image_column])[config.image_column].to_pylist()
-            return _Found(
-                Container(name, *stat, 0), table.schema, joined([]), list(zip(cells, range(len(cells)), strict=True))
-            )
+            return _Found(Container(name, *stat, 0), joined([]), list(zip(cells, range(len(cells)), strict=True)))
         ids = _ids(store, config, name, table)
+        carried = tuple(str(table.schema.field(column).type) for column in config.carry)
     except (pa.ArrowException, OSError) as error:
         return _broken(name, stat, _damage(store, name, error))
     finally:
@@ -119,11 +117,11 @@ def _read(store: Store, config: ParquetSource, name: str, stat: FileStat) -> _Fo
     rows = container_rows(
         name, ids, size=stat.size, mtime_ns=stat.mtime_ns, source_row=range(len(ids)), offset=range(len(ids))
     )
-    return _Found(Container(name, *stat, len(ids)), table.schema, rows, [])
+    return _Found(Container(name, *stat, len(ids), carried=carried), rows, [])
 
 
 def _broken(name: str, stat: FileStat, message: str) -> _Found:
-    return _Found(Container(name, *stat, 0, (message,)), None, joined([]), [])
+    return _Found(Container(name, *stat, 0, (message,)), joined([]), [])
 
 
 def _damage(store: Store, name: str, error: Exception) -> str:
@@ -204,13 +202,12 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 def _same_columns(store: Store, config: ParquetSource, found: Sequence[_Found]) -> None:
     """Raise `InputError` if a carried column has not the same type in all files."""
-    schemas = [(one.container.file, one.schema) for one in found if one.schema is not None]
-    for name in config.carry:
-        for file, schema in schemas[1:]:
-            first, kind = schemas[0][1].field(name).type, schema.field(name).type
+    files = [one.container for one in found if one.container.carried]
+    for file in files[1:]:
+        for name, kind, first in zip(config.carry, file.carried, files[0].carried, strict=True):
             if kind != first:
                 raise InputError(
-                    f"{name!r} is {kind} in {store.where(file)} and {first} in {store.where(schemas[0][0])}: "
+                    f"{name!r} is {kind} in {store.where(file.file)} and {first} in {store.where(files[0].file)}: "
                     "write them with one schema, or leave it out of source.carry"
                 )
 

@@ -61,7 +61,7 @@ def _index(
         stat = FileStat(0, 0)
         table, errors = joined([]), [f"{store.where(file)} is no file"]
     elif remembered := known.rows(file, *stat) if known else None:
-        table, errors = remembered[0], list(remembered[1])
+        return remembered
     else:
         index = with_retries(lambda: index_tar(store, file, stat, carry), f"reading {store.where(file)}")
         table, errors = index.table(file, stat.mtime_ns), index.errors
