@@ -9,6 +9,7 @@ clients' configuration files. A URL that carries any is refused, so that none en
 from __future__ import annotations
 
 import configparser
+import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -152,11 +153,14 @@ class _ArrowFiles:
         return self._fs.open_input_file(key)
 
     def put(self, key: str, pieces: Iterable[bytes | memoryview]) -> None:
-        # Not `with`: leaving it after an error would complete the upload of half an object.
         stream = self._fs.open_output_stream(key, compression=None)  # else it compresses what ends in .zst once more
-        for piece in pieces:
-            stream.write(piece)
-        stream.close()
+        try:
+            for piece in pieces:
+                stream.write(piece)
+            stream.close()
+        except BaseException:  # also on Ctrl-C
+            _abandon(stream)
+            raise
 
     def remove(self, key: str) -> None:
         self._fs.delete_file(key)
@@ -166,6 +170,16 @@ class _ArrowFiles:
             return bool(self._fs.get_file_info(bucket).type == pafs.FileType.NotFound)
         except OSError:  # not everybody who may read objects may ask for the bucket
             return False
+
+
+def _abandon(stream: pa.NativeFile) -> None:
+    """Keep half an object from appearing: a stream completes its upload when it is closed, and has no way to abort it.
+
+    Its destructor closes it too, also when the interpreter ends. So it gets one reference that nobody gives back.
+    A stream whose close failed is closed.
+    """
+    if not stream.closed:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
 
 
 def _stat(info: pafs.FileInfo) -> FileStat:
