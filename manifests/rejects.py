@@ -26,13 +26,14 @@ class RejectReason(StrEnum):
 class Reject(Exception):  # an outcome, not an error
     """One image that cannot be used: a reason class and one sentence for people.
 
+    Of a name that is not UTF-8 the sentence has the bytes as `\\udcXX`, so that it can be stored wherever text can.
     It pickles, so that it crosses a process border, and compares by value.
     """
 
     def __init__(self, reason: RejectReason, message: str) -> None:
-        super().__init__(reason, message)
         self.reason = RejectReason(reason)
-        self.message = message
+        self.message = message.encode(errors="backslashreplace").decode()
+        super().__init__(self.reason, self.message)
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"

@@ -76,6 +76,14 @@ def test_the_second_run_does_nothing_quickly_without_torch_or_ray(
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
+def test_a_reject_may_speak_of_a_file_whose_name_is_no_text(pictures: Path, codebook: Path, tmp_path: Path) -> None:
+    (pictures / "link.png").symlink_to(os.fsdecode(b"gone-\xff.png"))
+    run_job(job_config(pictures, codebook, tmp_path / "out", max_reject_rate=1.0))
+    (reject,) = open_manifest(tmp_path / "out").rejects().to_pylist()
+    assert (reject["image_id"], reject["reason"]) == ("link.png", "missing")
+    assert reject["message"].endswith("gone-\\udcff.png")
+
+
 def test_unit_size_decides_shards_and_nothing_else(pictures: Path, codebook: Path, tmp_path: Path) -> None:
     run_job(job_config(pictures, codebook, tmp_path / "small", unit_size=4))
     run_job(job_config(pictures, codebook, tmp_path / "large", unit_size=100))
