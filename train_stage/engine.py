@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from manifests.atomic import make_folder, storage_errors
 from manifests.errors import StorageError, TrainingStopped
+from train_stage import deepspeed_repairs as repairs
 from train_stage.config import Part, ResolvedPhase, TrainConfig
 from train_stage.deepspeed_process import load_communication_op, quiet
 from train_stage.deepspeed_settings import stage_of
@@ -66,6 +67,8 @@ def deepspeed_settings(
         derived["checkpoint"] = {"load_universal": True}
     if half:
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Else what ranks have added up in float32 would be rounded before it is summed over them.
+        derived["communication_data_type"] = "fp32"
     # Its monitors are ours to feed (`Monitors`): by itself it would write the loss of a micro-batch against samples.
     return _merge(derived, {key: value for key, value in config.deepspeed.items() if key not in MONITORS})
 
@@ -136,8 +139,7 @@ class Engine:
                 newline = image_newline(model.llava)
                 for parameter in (*model.llava.lm_head.parameters(), *([] if newline is None else [newline])):
                     deepspeed.zero.register_external_parameter(model, parameter)
-        # It would put a script for its own files into every checkpoint, beside weights that need none.
-        self._engine._copy_recovery_script = lambda _folder: None
+        repairs.write_no_script(self._engine)
         self.ranks = ranks
 
     @property
@@ -193,6 +195,8 @@ class Engine:
     def close(self) -> None:
         """Let go of the model and of DeepSpeed's buffers."""
         self._engine.destroy()
+        if self._stage == 3:
+            repairs.forget(self.model)
 
     def save(self, folder: Path) -> None:
         """Write what DeepSpeed needs to go on below `folder`, frozen weights left out. Collective.
@@ -221,20 +225,11 @@ class Engine:
             path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
             if path is None:
                 raise FileNotFoundError("DeepSpeed finds nothing in it")
-        if self._universal and self._stage == 3:
-            self._take_apart()
-
-    def _take_apart(self) -> None:
-        """Undo what DeepSpeed 0.19 does wrong when ZeRO-3 loads a universal checkpoint with several parameter groups.
-
-        It gives all groups one and the same `step` tensor, which every group then counts up, and the settings of the
-        first group to all.
-        """
-        optimizer = self._engine.optimizer.optimizer
-        for state in optimizer.state.values():
-            state["step"] = state["step"].clone()
-        for group, decay in zip(optimizer.param_groups, self._decays, strict=True):
-            group["weight_decay"] = decay
+        if self._universal:
+            optimizer = self._engine.optimizer.optimizer
+            repairs.give_own_steps(optimizer)
+            if self._stage == 3:
+                repairs.give_own_decays(optimizer, self._decays)
 
 
 def make_universal(folder: Path) -> None:

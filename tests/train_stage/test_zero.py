@@ -126,7 +126,8 @@ def one(
     """Every case and variant on one rank, and the folder of its checkpoints."""
     folder = tmp_path_factory.mktemp("checkpoints")
     found = zero_cases.run_cases(configs["whole"], ranks, folder)
-    return found | zero_cases.run_variants(configs, ranks, folder), folder
+    found |= zero_cases.run_variants(configs, ranks, folder)
+    return found | zero_cases.run_in_bfloat16(configs["whole"], ranks), folder
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,16 @@ def test_adapters_and_tiles_are_the_same_on_two_ranks(
     for key, value in alone.items():
         if not key.endswith("in_proj.bias"):  # attention does not feel its keys' bias; Adam blows up what is rounding
             torch.testing.assert_close(together[key], value, rtol=0, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_gradients_are_summed_over_ranks_in_float32(
+    stage: int, one: tuple[dict[str, Any], Path], two: dict[str, Any]
+) -> None:
+    """As over the micro-batches of one rank; sums in bfloat16 would be off by up to 1/256."""
+    name = f"bfloat16 zero{stage}"
+    norms, wanted = ([step["norm"] for step in found[name]] for found in (two, one[0]))
+    assert norms == pytest.approx(wanted, rel=1e-6)
 
 
 class Recorder(dict[str, Any]):

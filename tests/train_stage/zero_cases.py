@@ -72,12 +72,12 @@ class Run:
         self.prepared = prepare(config, phase)
         self.engine = Engine(self.prepared.model, config, phase, ranks, written_by=written_by)
 
-    def steps(self, first: int, last: int, accumulation: int) -> list[dict[str, float]]:
+    def steps(self, first: int, last: int, accumulation: int, rate: float = RATE) -> list[dict[str, float]]:
         """The losses of these steps, one after the other."""
         losses = []
         for step in range(first, last + 1):
             collected = Collected(step, collate(self.prepared, share(step, accumulation, self.ranks)), None, 0.0)
-            made = train_step(self.engine, collected, self.prepared.model.terms, RATE, seed=0, epoch=0)
+            made = train_step(self.engine, collected, self.prepared.model.terms, rate, seed=0, epoch=0)
             losses.append({"text": made.text_loss, "visual": made.objectives["codes"].loss, "norm": made.grad_norm})
         return losses
 
@@ -138,6 +138,16 @@ def run_variants(configs: Mapping[str, TrainConfig], ranks: Ranks, folder: Path)
     return found
 
 
+def run_in_bfloat16(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """The steps of every stage in two micro-batches, whatever the number of ranks; nothing is learned in between."""
+    found = {}
+    for stage in STAGES:
+        run = Run(config.model_copy(update={"precision": "bfloat16"}), stage, ranks)
+        found[f"bfloat16 zero{stage}"] = run.steps(1, len(STEPS), accumulation=2 // ranks.world, rate=0.0)
+        run.engine.close()
+    return found
+
+
 def main(given: str) -> None:
     """One of two ranks, with the configurations that are in FOLDER; rank 0 writes FOLDER/two.json."""
     folder = Path(given)
@@ -146,7 +156,7 @@ def main(given: str) -> None:
     prepare_environment()
     gc.freeze()  # ZeRO 3 collects garbage whenever it starts, which takes long among so many modules
     ranks = join_ranks(60)
-    found = run_cases(config, ranks, folder) | run_variants(configs, ranks, folder)
+    found = run_cases(config, ranks, folder) | run_variants(configs, ranks, folder) | run_in_bfloat16(config, ranks)
     for stage in ELASTIC:
         found[f"zero{stage} elastic"] = go_on(config, stage, ranks, folder / f"world1 zero{stage}", written_by=1)
     if ranks.rank == 0:
