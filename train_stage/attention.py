@@ -2,7 +2,7 @@
 
 | language model                    | where                | how                                                     |
 |-----------------------------------|----------------------|---------------------------------------------------------|
-| of `OWN_ATTENTION`                | GPU, bfloat16        | `torch.nn.attention.varlen`, one call for the whole row |
+| of `OWN_ATTENTION`                | `takes_one_call`     | `torch.nn.attention.varlen`, one call for the whole row |
 | of `OWN_ATTENTION`                | elsewhere            | `scaled_dot_product_attention`, sample after sample     |
 | any other that takes position_ids | everywhere           | Transformers' own, with a mask over the whole row       |
 
@@ -80,6 +80,11 @@ def find_bounds(position_ids: Tensor) -> Bounds:
     return Bounds(starts, int(position_ids.max()) + 1)
 
 
+def takes_one_call(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the flash kernel behind `varlen_attn` takes heads of `width` there; others it refuses with an error."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -99,7 +104,7 @@ def _attend(
         mask = attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **more)
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0:
+    if dropout == 0 and takes_one_call(query.device, query.dtype, query.shape[-1]):
         return _varlen(query, key, value, Bounds(cu_seq_lens_q, max_length_q), scaling, window), None
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)

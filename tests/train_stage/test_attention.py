@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from train_stage.attention import NAME, OWN_ATTENTION, find_bounds, packed_inputs, use_own_attention
+from train_stage.attention import NAME, OWN_ATTENTION, find_bounds, packed_inputs, takes_one_call, use_own_attention
 
 LENGTHS = (7, 1, 12, 2)
 SIZES = {
@@ -90,10 +90,28 @@ def test_bounds() -> None:
     assert (bounds.starts.tolist(), bounds.longest) == ([0, 7, 8, 20, 22], 12)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "takes"),
+    [
+        ("cuda", torch.bfloat16, 128, True),
+        ("cuda", torch.float16, 256, True),
+        ("cuda", torch.bfloat16, 100, False),
+        ("cuda", torch.bfloat16, 264, False),
+        ("cuda", torch.float32, 128, False),
+        ("cpu", torch.bfloat16, 128, False),
+    ],
+)
+def test_the_flash_kernel_is_asked_only_for_what_it_takes(
+    device: str, dtype: torch.dtype, width: int, takes: bool
+) -> None:
+    assert takes_one_call(torch.device(device), dtype, width) is takes
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", OWN_ATTENTION)
 def test_one_call_for_a_row_on_a_gpu(kind: str) -> None:
     model, embeds, positions = made(kind)
+    assert takes_one_call(torch.device("cuda"), torch.bfloat16, SIZES["hidden_size"] // SIZES["num_attention_heads"])
     model, embeds, positions = model.to("cuda", torch.bfloat16), embeds.to("cuda", torch.bfloat16), positions.cuda()
     with torch.no_grad():
         masked = model(inputs_embeds=embeds, **packed_inputs(model, positions)).last_hidden_state
