@@ -13,10 +13,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from manifests.atomic import make_folder, storage_errors
 from manifests.errors import EnvironmentProblem
+from train_stage.ranks import has_gpu
 
 
 def prepare_environment() -> None:
@@ -28,7 +27,7 @@ def prepare_environment() -> None:
     """
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 announces to drop.
     warnings.filterwarnings("ignore", message="`torch.distributed.", category=FutureWarning)
-    if torch.cuda.is_available():
+    if has_gpu():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
@@ -49,7 +48,7 @@ def load_communication_op() -> None:
     torch guards the compilation with a lock file that a killed process leaves behind, and on which everybody after it
     would wait for ever. Here a lock of the kernel stands before it: who holds that one knows the file to be a leftover.
     """
-    if torch.cuda.is_available():
+    if has_gpu():
         return
     with quiet():
         from deepspeed.accelerator import get_accelerator

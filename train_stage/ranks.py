@@ -89,11 +89,16 @@ class Ranks:
         self.share_error(failure)
 
 
+def has_gpu() -> bool:
+    """Whether to compute on GPUs: where there are any, unless DeepSpeed is told not to (DS_ACCELERATOR=cpu)."""
+    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
+
+
 def join_ranks(timeout_seconds: int) -> Ranks:
     """Join the process group that `torchrun` or another launcher describes in the environment; alone without one."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
+    cuda = has_gpu()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
