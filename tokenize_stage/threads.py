@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 STOP_SECONDS = 2.0
@@ -41,10 +42,10 @@ class DaemonThreads:
 
     def close(self) -> None:
         """Take no more work, drop what has not begun, and wait `STOP_SECONDS` for the rest."""
-        while not self._work.empty():
-            item = self._work.get()
-            if item:
-                item[0].cancel()
+        with contextlib.suppress(Empty):  # as soon as there is nothing left, whoever took the last of it
+            while True:
+                if item := self._work.get_nowait():
+                    item[0].cancel()
         for _ in self._threads:
             self._work.put(None)
         deadline = time.monotonic() + STOP_SECONDS

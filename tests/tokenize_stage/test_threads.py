@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -30,3 +31,20 @@ def test_closing_does_not_wait_for_ever() -> None:
     while still_working():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_closing_while_the_last_work_is_being_taken() -> None:
+    """The threads take work as fast as the closing drops it: whoever comes second finds nothing, and goes on."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(300):
+            threads = DaemonThreads(4, "work")
+            for _ in range(50):
+                threads.submit(int)
+            closing = threading.Thread(target=threads.close, daemon=True)
+            closing.start()
+            closing.join(10)
+            assert not closing.is_alive()
+    finally:
+        sys.setswitchinterval(interval)
