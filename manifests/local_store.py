@@ -87,7 +87,11 @@ class LocalStore(Store):
     def fault(self, rel: str, error: Exception) -> StorageError | None:  # noqa: ARG002
         return None
 
-    def walk(self, prefix: str = "") -> Iterator[tuple[str, FileStat]]:
+    def walk(
+        self,
+        prefix: str = "",
+        pathless: builtins.list[str] | None = None,  # noqa: ARG002 - every file on a disk has a path
+    ) -> Iterator[tuple[str, FileStat]]:
         for rel in self._names(prefix):
             found = self.stat(rel) if "\\" not in rel else None
             if found:

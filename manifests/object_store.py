@@ -25,6 +25,8 @@ THREADS = 32
 
 _APPEND_EVERY_S = 15.0
 _MANY = 4
+_PATHLESS = frozenset({"", ".", ".."})
+"""Parts of a key that no path has: `inside` takes them away, and so would find another object."""
 _log = logging.getLogger(__name__)
 
 
@@ -100,7 +102,7 @@ class ObjectStore(Store):
     def fault(self, rel: str, error: Exception) -> StorageError | None:
         return sentence("read", self.where(rel), error) if is_storage_fault(error) else None
 
-    def walk(self, prefix: str = "") -> Iterator[tuple[str, FileStat]]:
+    def walk(self, prefix: str = "", pathless: builtins.list[str] | None = None) -> Iterator[tuple[str, FileStat]]:
         base = prefix.rpartition("/")[0].strip("/")
         start = f"{self._remote.root}/"
         where = f"{self.location}/{prefix}"
@@ -109,8 +111,12 @@ class ObjectStore(Store):
             for key, found in self._remote.files.find(self._key(base) if base else self._remote.root):
                 empty = False
                 rel = key.removeprefix(start)
-                if rel.startswith(prefix):
+                if not rel.startswith(prefix):
+                    continue
+                if not _PATHLESS & set(rel.split("/")):
                     yield rel, found
+                elif pathless is not None:
+                    pathless.append(f"{self.location}/{rel}")
         if empty:
             self._refuse_missing_bucket("list", where)
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -138,16 +139,19 @@ class _ArrowFiles:
     def find(self, folder: str) -> Iterator[tuple[str, FileStat]]:
         # Arrow returns a whole listing at once. S3 is listed folder by folder on the first level, so that it is less;
         # of GCS that would miss folders which are nothing but a part of names.
-        for entry in self._fs.get_file_info(
-            pafs.FileSelector(folder, recursive=not self._lists_folders, allow_not_found=True)
-        ):
-            if entry.type == pafs.FileType.File:
-                yield entry.path, _stat(entry)
-            elif entry.type == pafs.FileType.Directory and self._lists_folders:
-                below = pafs.FileSelector(entry.path, recursive=True, allow_not_found=True)
-                for found in self._fs.get_file_info(below):
-                    if found.type == pafs.FileType.File:
-                        yield found.path, _stat(found)
+        entries = self._listing(folder, recursive=not self._lists_folders)
+        below = [entry.path for entry in entries if self._lists_folders and entry.type == pafs.FileType.Directory]
+        if any(path.rstrip("/") == folder for path in below):
+            # A key `FOLDER//x` makes a folder without a name, which Arrow takes for FOLDER itself.
+            entries, below = self._listing(folder, recursive=True), []
+        for listing in chain([entries], (self._listing(path, recursive=True) for path in below)):
+            for entry in listing:
+                if entry.type == pafs.FileType.File:
+                    yield entry.path, _stat(entry)
+
+    def _listing(self, folder: str, *, recursive: bool) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(folder, recursive=recursive, allow_not_found=True)
+        return list(self._fs.get_file_info(selector))
 
     def open(self, key: str) -> pa.NativeFile:
         return self._fs.open_input_file(key)

@@ -127,8 +127,12 @@ class Store(ABC):
         """The `StorageError` that an error of a file from `open_input` means; None if it says that the file is bad."""
 
     @abstractmethod
-    def walk(self, prefix: str = "") -> Iterator[tuple[str, FileStat]]:
-        """All files whose relative path starts with `prefix`, in any order; temporary files are left out."""
+    def walk(self, prefix: str = "", pathless: builtins.list[str] | None = None) -> Iterator[tuple[str, FileStat]]:
+        """All files whose relative path starts with `prefix`, in any order, each once; temporary files are left out.
+
+        So are objects whose keys are no paths, having an empty, `.` or `..` part (`a//b`): no method of a store finds
+        them. Their URLs are added to `pathless`.
+        """
 
     def list(self, prefix: str = "") -> builtins.list[str]:
         """The relative paths of the files that start with `prefix`, sorted; temporary files are left out."""

@@ -94,6 +94,27 @@ def test_listing_takes_a_prefix(store):
     assert store.stat("commits") is None
 
 
+@pytest.mark.parametrize("strange", ["/x", "/", "a//b", "a//", "a/../b", "a/b/."])
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_key_that_is_no_path_hides_and_repeats_nothing(s3, s3_server, strange, below):
+    """Arrow takes `below//x` for a folder `below` in itself, and a store would take `a//b` for `a/b`."""
+    url = s3.removesuffix("/below") + below
+    store, bucket = Store.open(url), s3.split("/")[2]
+    for name in ("a/b", "a/c/d", "top"):
+        store.write(name, name.encode())
+    s3_server.client().put_object(
+        Bucket=bucket, Key=f"{below}/{strange}".removeprefix("/"), Body=b"" if strange.endswith("/") else b"1"
+    )
+    pathless = []
+    assert sorted(rel for rel, _ in store.walk("", pathless)) == ["a/b", "a/c/d", "top"]
+    assert pathless == (
+        [] if strange.endswith("/") else [f"{url}/{strange}"]
+    )  # a key that ends so is a mark of a folder
+    assert store.list() == ["a/b", "a/c/d", "top"]
+    assert store.list("a/") == ["a/b", "a/c/d"]
+    assert store.read("a/b") == b"a/b"
+
+
 def test_many_small_files_come_in_order(store):
     names = [f"commits/u{number:03d}" for number in range(100)]
     for name in names:

@@ -10,9 +10,10 @@ import pytest
 import zstandard
 from made_containers import Place
 from made_jobs import make_pictures, picture
+from s3_server import S3Server
 
 from manifests.errors import InputError
-from tokenize_stage.config import FolderSource, LlavaSource
+from tokenize_stage.config import FolderSource, LlavaSource, WebdatasetSource
 from tokenize_stage.sources import Inventory, take_inventory
 from tokenize_stage.sources.inventory import ABSENT, INVENTORY_SCHEMA
 
@@ -149,3 +150,30 @@ def test_a_folder_in_a_bucket(place: Place) -> None:
     assert inventory.table["size"].to_pylist() == [len(picture(1))] * 2
     with pytest.raises(InputError):
         take_inventory(FolderSource(path=f"{place.location}/nowhere"))
+
+
+PATHLESS = ["/b.png", "more//x.png", "more/./x.png", "more/../x.png", "./x.png"]
+
+
+def test_an_object_whose_key_is_no_path_is_a_source_error(s3: str, s3_server: S3Server) -> None:
+    """A path in its place would be that of another object, which is listed once, as all others are."""
+    put_keys(s3, s3_server, [*PATHLESS, "more//notes.txt", "b.png", "more/x.png"])
+    inventory = take_inventory(FolderSource(path=s3))
+    assert ids(inventory) == ["b.png", "more/x.png"]
+    named = {error.message.partition(" is no path")[0] for error in inventory.errors}
+    assert named == {f"{s3}/{key}" for key in PATHLESS}
+    assert len(inventory.errors) == len(PATHLESS)
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_a_bucket_of_such_objects_alone_says_so(s3: str, s3_server: S3Server, kind: str) -> None:
+    put_keys(s3, s3_server, ["/b.png", "/b.tar"])
+    source = FolderSource(path=s3) if kind == "folder" else WebdatasetSource(path=s3)
+    with pytest.raises(InputError, match=rf"{s3} \({s3}//b.* is no path, .*\): correct source.path"):
+        take_inventory(source)
+
+
+def put_keys(s3: str, server: S3Server, keys: list[str]) -> None:
+    bucket, folder = s3.removeprefix("s3://").split("/")
+    for key in keys:
+        server.client().put_object(Bucket=bucket, Key=f"{folder}/{key}", Body=picture(1))

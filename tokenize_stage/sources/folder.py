@@ -28,7 +28,8 @@ def folder_inventory(config: FolderSource) -> Inventory:
     errors: list[BadRecord] = []
     listed = sorted(names_below(store, SUFFIXES, errors))
     if not listed:
-        raise InputError(f"no picture ({' '.join(SUFFIXES)}) lies below {store.location}: correct source.path")
+        wrong = f" ({errors[0].message})" if errors else ""
+        raise InputError(f"no picture ({' '.join(SUFFIXES)}) lies below {store.location}{wrong}: correct source.path")
     prefix = f"{store.location}{os.sep}"
     rows = ((name, *(stat or identity_of(prefix + name)), row) for row, (name, stat) in enumerate(listed))
     identity = SourceIdentity(kind="folder", location=store.location)

@@ -30,17 +30,24 @@ def names_below(
     """All files of a store whose name ends in one of `suffixes`, in any case, and what is known of them, in any order.
 
     Hidden files and folders (leading dot) are left out. On a disk a linked folder is not entered: it is a source error,
-    since what lies behind it may be outside the root; and what a file is like is not looked at (None). `prefix` and
-    `deep=False` (nothing in folders below) save listing what is not asked for.
+    since what lies behind it may be outside the root; and what a file is like is not looked at (None). In an object
+    store one whose key is no path (`a//b.jpg`) is a source error. `prefix` and `deep=False` (nothing in folders below)
+    save listing what is not asked for.
     """
     if store.is_local:
         names = _local_names(store.location, tuple(suffixes), errors, deep=deep)
         yield from ((name, None) for name in names if name.startswith(prefix))
         return
-    for name, stat in store.walk(prefix):
+    pathless: list[str] = []
+    for name, stat in store.walk(prefix, pathless):
         hidden = any(part.startswith(".") for part in name.split("/"))
         if name.lower().endswith(tuple(suffixes)) and not hidden and (deep or "/" not in name):
             yield name, stat
+    errors += [
+        BadRecord(-1, f"{url} is no path, having an empty, . or .. part: copy the object to another key")
+        for url in sorted(pathless)
+        if url.lower().endswith(tuple(suffixes))
+    ]
 
 
 def find_files(
@@ -56,9 +63,11 @@ def find_files(
     found: dict[str, FileStat | None] = {}
     roots: set[str] = set()
     for location in [locations] if isinstance(locations, str) else locations:
+        known = len(errors)
         here = dict(_of_location(location, suffixes, key, errors, roots))
         if not here:
-            raise InputError(f"there is no file ({' '.join(suffixes)}) at {location}: correct {key}")
+            wrong = f" ({errors[-1].message})" if len(errors) > known else ""
+            raise InputError(f"there is no file ({' '.join(suffixes)}) at {location}{wrong}: correct {key}")
         for name, stat in here.items():
             found.setdefault(name, stat)
     root = _common_folder(roots, key)
