@@ -80,9 +80,11 @@ class ObjectStore(Store):
             size = file.size()
             try:
                 return bytes(file.read())
-            except OSError:
+            except OSError as error:
                 found = self._remote.files.stat(key)
-                if found is None or found.size == size:
+                if found is None:  # gone since it was opened, which the client says in many ways
+                    raise FileNotFoundError(str(error)) from error
+                if found.size == size:
                     raise
         # Between the requests for its size and for its bytes another took its place: a lease that was given back.
         return self._read_whole(key)

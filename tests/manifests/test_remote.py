@@ -74,10 +74,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_for_ever(monkeypatch, atte
 def test_a_bucket_that_vanishes_is_one_sentence(s3, s3_server):
     store = Store.open(s3)
     store.write("x", b"1")
-    bucket, client = s3.split("/")[2], s3_server.client()
-    for entry in client.list_objects_v2(Bucket=bucket)["Contents"]:
-        client.delete_object(Bucket=bucket, Key=entry["Key"])
-    client.delete_bucket(Bucket=bucket)
+    delete_bucket(s3_server.client(), s3.split("/")[2])
     for attempt in ("write", "lease", "append to", "read", "open", "size", "many"):
         assert "the bucket does not exist" in refusal(store, attempt)
     with pytest.raises(StorageError, match="the bucket does not exist"):  # it is not an empty one
@@ -211,15 +208,41 @@ def test_what_a_shorter_object_replaces_in_mid_read_is_read_as_that_object(s3, m
     """
     store = Store.open(s3)
     store.write("x", b"x" * length)
+    once_opened(monkeypatch, store, lambda: store.write("x", b""))
+    assert store.read("x") == b""
+
+
+@pytest.mark.parametrize("length", [4, 400, 4000])
+def test_what_is_deleted_in_mid_read_is_not_there(s3, s3_server, monkeypatch, length):
+    """The object alone, or with its bucket."""
+    store, bucket = Store.open(s3), s3.split("/")[2]
+    store.write("x", b"x" * length)
+    once_opened(monkeypatch, store, lambda: store.delete("x"))
+    with pytest.raises(StorageError, match=f"cannot read {s3}/x: there is no such file"):
+        store.read("x")
+
+    store.write("x", b"x" * length)
+    once_opened(monkeypatch, store, lambda: delete_bucket(s3_server.client(), bucket))
+    with pytest.raises(StorageError, match=f"cannot read {s3}/x: the bucket does not exist .*; check its name"):
+        store.read("x")
+
+
+def delete_bucket(client, bucket):
+    for entry in client.list_objects_v2(Bucket=bucket)["Contents"]:
+        client.delete_object(Bucket=bucket, Key=entry["Key"])
+    client.delete_bucket(Bucket=bucket)
+
+
+def once_opened(monkeypatch, store, act):
+    """Act between a reader's question for the size of an object and that for its bytes."""
     files = store._remote.files
     opened = type(files).open
 
-    def open_and_replace(self, key):
+    def open_and_act(self, key):
         monkeypatch.setattr(type(files), "open", opened)
         file = opened(self, key)
         file.size()
-        store.write("x", b"")
+        act()
         return file
 
-    monkeypatch.setattr(type(files), "open", open_and_replace)
-    assert store.read("x") == b""
+    monkeypatch.setattr(type(files), "open", open_and_act)
