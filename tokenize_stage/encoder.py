@@ -100,6 +100,8 @@ class VisionEncoder:
         view = torch.zeros(1, self.view_size, self.view_size, 3, dtype=torch.uint8)
         try:
             return self._hidden(view)
+        except torch.OutOfMemoryError:  # a RuntimeError, but not the encoder's fault
+            raise
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"the encoder {folder} cannot take views of {self.view_size} pixels ({error}): "

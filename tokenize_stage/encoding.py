@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from manifests.errors import EnvironmentProblem
 from manifests.schema import Numerics
+from tokenize_stage.device_memory import enough_memory
 from tokenize_stage.order import WorkOrder
 from tokenize_stage.threads import DaemonThreads
 
@@ -76,17 +76,13 @@ class Encoder:
 
         began = time.monotonic()
         idle = None if self._ended is None else began - self._ended
-        if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer()
-        try:
+        with enough_memory(self._order.batch_size):
+            if self._tokenizer is None:
+                self._tokenizer = self._load_tokenizer()
             values = self._tokenizer.encode(torch.from_numpy(views_BSS3))
             if values.dtype == torch.bfloat16:
                 values = values.view(torch.uint16)
             values_BL: npt.NDArray[Any] = values.cpu().numpy().reshape(len(views_BSS3), -1)
-        except torch.OutOfMemoryError as error:
-            raise EnvironmentProblem(
-                f"the device has no memory for {self._order.batch_size} views at once: make batch_size smaller"
-            ) from error
         self._ended = time.monotonic()
         return Encoded(values_BL, began, idle)
 

@@ -35,6 +35,7 @@ from tokenize_stage.codebook_folder import (
     write_description,
 )
 from tokenize_stage.decoding import MOST_DECODE_THREADS, usable_cores
+from tokenize_stage.device_memory import enough_memory
 from tokenize_stage.encoder_files import encoder_sha256, locate_encoder, normalisation
 from tokenize_stage.fit_keys import fit_keys
 from tokenize_stage.reservoir import Reservoir
@@ -81,7 +82,8 @@ class FeatureSample:
 def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) -> FitReport:
     """Fit the codebooks of `config` and write its output folder; `codebook.json` comes last.
 
-    Raises `InputError` for an unusable source, encoder or sample, `StorageError` when a disk refuses.
+    Raises `InputError` for an unusable source, encoder or sample, `StorageError` when a disk refuses,
+    `EnvironmentProblem` when the device is out of memory.
     """
     from tokenize_stage.encoder import VisionEncoder
     from tokenize_stage.kmeans import fit_product, fit_residual
@@ -93,14 +95,15 @@ def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) ->
     pixels = normalisation(files.folder)
     geometry = config.geometry.resolve(pixels.mean)
     inventory = take_inventory(config.source)
-    encoder = VisionEncoder(
-        files.folder,
-        layer=config.encoder.layer,
-        view_size=config.geometry.size,
-        normalisation=pixels,
-        dtype=config.encoder.dtype,
-        device=config.device,
-    )
+    with enough_memory(config.batch_size):
+        encoder = VisionEncoder(
+            files.folder,
+            layer=config.encoder.layer,
+            view_size=config.geometry.size,
+            normalisation=pixels,
+            dtype=config.encoder.dtype,
+            device=config.device,
+        )
     code_dim = chunk_width(config, encoder.width)
     start = read_start(config.start_from, config, code_dim, sha256) if config.start_from else None
     keys = fit_keys(config)
@@ -109,7 +112,8 @@ def fit_codebook(config: CodebookConfig, progress: FitProgress | None = None) ->
         "fitting %d %s codebooks of %d vectors, %d wide, to the features of %d images, %d positions each, on %s",
         config.depth, config.method, config.size, code_dim, sample_rows.num_rows, encoder.positions, encoder.device,
     )  # fmt: skip
-    with closing(read_views(config, geometry, inventory.images_at, sample_rows, encoder.grid)) as batches:
+    views = read_views(config, geometry, inventory.images_at, sample_rows, encoder.grid)
+    with closing(views) as batches, enough_memory(config.batch_size):
         sample = collect_features(
             encoder,
             batches,

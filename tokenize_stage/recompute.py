@@ -27,6 +27,7 @@ from manifests.storage import Store
 from tokenize_stage.batches import Batch, fill_batches
 from tokenize_stage.config import TokenSetConfig
 from tokenize_stage.decoding import SourceFailedError, decode_images
+from tokenize_stage.device_memory import enough_memory
 from tokenize_stage.margin import TOLERANCE, feature_shifts, shifts
 from tokenize_stage.order import WorkOrder
 from tokenize_stage.output_folder import read_config
@@ -75,8 +76,8 @@ def recompute(
     """Compare up to `count` ok images of the set in `store`, chosen by `seed`.
 
     Raises `InputError` when the folder does not say how the set was made, or none of the images can be read;
-    `FingerprintMismatch` when the tokenizer's files or the software make other codes by design; and what loading the
-    tokenizer raises.
+    `FingerprintMismatch` when the tokenizer's files or the software make other codes by design; `EnvironmentProblem`
+    when the device is out of memory; and what loading the tokenizer raises.
     """
     opened = load_manifest(store.location)
     config = read_config(store)
@@ -84,10 +85,12 @@ def recompute(
     index = opened.index()
     rows = np.sort(np.random.default_rng(seed).choice(index.num_rows, min(count, index.num_rows), replace=False))
     report = RecomputeReport(sampled=len(rows))
-    comparison = _Comparison(order, config, report)
+    with enough_memory(order.batch_size):
+        comparison = _Comparison(order, config, report)
     images = _readable(opened, rows, order, report)
     for done, batch in enumerate(fill_batches(comparison.views(images), order.batch_size, order.geometry.size), 1):
-        comparison.compare(batch)
+        with enough_memory(order.batch_size):
+            comparison.compare(batch)
         if progress:
             progress(min(done * order.batch_size, len(rows)), len(rows))
     comparison.finish()
