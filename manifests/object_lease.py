@@ -10,7 +10,7 @@ Assumed: a read sees the last finished write (S3, GCS and Azure promise it), and
 
 Not excluded, because Arrow's clients have no write on condition: two drivers hold the lease for a moment, when the
 first stalls between its look and its write for longer than the second waits, or when a suspended one wakes between
-its check and its commit. The first check after that stops one of them. What the other may have written by then does
+its check and its commit. A renewal that was suspended after its look is not written. The first check after that stops one of them. What the other may have written by then does
 no harm: shards are named by their content, a commit record and a manifest name only whole shards of the same
 fingerprint, and the driver that goes on reads the records again at its end.
 """
@@ -53,7 +53,8 @@ class _Claim:
     owner: LeaseOwner
 
     def encode(self, renewal: int) -> bytes:
-        return json.dumps({**asdict(self), "renewal": renewal}).encode()
+        """Always as long: who has asked for the size of a shorter object would read the beginning of a longer one."""
+        return json.dumps({**asdict(self), "renewal": f"{renewal:010}"}).encode()
 
 
 class ObjectLease:
@@ -127,8 +128,11 @@ class ObjectLease:
         renewal = 0
         while not self._done.wait(self._mine.ttl_s / _RENEWALS_PER_TTL):
             try:
+                looked = time.monotonic()
                 if not self.holds():
                     return  # the next check says so
+                if time.monotonic() - looked > self._mine.ttl_s / 2:
+                    continue  # suspended meanwhile: another may hold it by now
                 renewal += 1
                 self._store.write(self._name, self._mine.encode(renewal))
             except StorageError as problem:

@@ -257,10 +257,11 @@ def without_bucket(server: S3Server, bucket: str, driver: subprocess.Popen[str])
     """The bucket is deleted, and comes back from a backup. The driver is held meanwhile, lest it refill the bucket."""
     client: Any = server.client()
     driver.send_signal(signal.SIGSTOP)
-    keys = [found["Key"] for found in client.list_objects_v2(Bucket=bucket)["Contents"]]
-    backup = {key: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
-    for key in keys:
-        client.delete_object(Bucket=bucket, Key=key)
+    backup = {}
+    while found := client.list_objects_v2(Bucket=bucket).get("Contents"):  # again, for what it had just sent
+        for key in (entry["Key"] for entry in found):
+            backup[key] = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            client.delete_object(Bucket=bucket, Key=key)
     client.delete_bucket(Bucket=bucket)
     driver.send_signal(signal.SIGCONT)
     yield

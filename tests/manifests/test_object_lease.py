@@ -10,8 +10,10 @@ import time
 
 import pytest
 
+from manifests import object_lease
 from manifests.errors import EnvironmentProblem, LeaseHeld, StorageError
 from manifests.object_lease import TTL_VARIABLE
+from manifests.object_store import ObjectStore
 from manifests.processes import is_dead, this_process
 from manifests.storage import LEASE_FILES, LEASE_NAME, Store
 
@@ -111,6 +113,37 @@ def test_who_is_suspended_for_longer_than_the_time_to_live_loses_the_lease_and_n
             store.check_lease()
     with store.lease("and again"):
         store.check_lease()
+
+
+def test_who_is_suspended_in_the_middle_of_a_renewal_does_not_take_the_lease_back(s3, monkeypatch):
+    """Between reading that the lease is its own and writing it again, while another driver comes and goes."""
+    store, read, waited = Store.open(s3), ObjectStore.read, threading.Event()
+
+    def read_and_wait(self, rel):
+        found = read(self, rel)
+        if threading.current_thread().name == "lease" and not waited.is_set():
+            Store.open(s3).write(LEASE_NAME, b"")
+            time.sleep(TTL)
+            waited.set()
+        return found
+
+    with store.lease("x"):
+        monkeypatch.setattr(ObjectStore, "read", read_and_wait)
+        assert waited.wait(timeout=60)
+        time.sleep(1)  # the renewal would come now
+        with pytest.raises(LeaseHeld, match="was taken over by another driver"):
+            store.check_lease()
+
+
+def test_a_renewed_lease_is_as_long_as_it_was(s3, monkeypatch):
+    """Who checks it while it is replaced by a longer one would read a part of it, and take it for lost."""
+    monkeypatch.setattr(object_lease, "_RENEWALS_PER_TTL", 100)
+    store, renewal, sizes = Store.open(s3), 0, set()
+    with store.lease("x"):
+        while renewal < 12:
+            sizes.add(store.size(LEASE_NAME))
+            renewal = int(json.loads(store.read(LEASE_NAME))["renewal"])
+    assert len(sizes) == 1
 
 
 def test_who_wakes_before_anybody_came_goes_on(s3):
