@@ -20,8 +20,9 @@ from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 from manifests.errors import EnvironmentProblem, FingerprintMismatch, StorageError
-from tokenize_stage.config import RayConfig
-from tokenize_stage.engines.room import WorkerSize, room_for, worker_size, workers_wanted
+from manifests.reader import open_manifest
+from tokenize_stage.config import Device, RayConfig
+from tokenize_stage.engines.room import WorkerSize, room_for, worker_device, worker_size, workers_wanted
 from tokenize_stage.job import run_job
 from tokenize_stage.progress import JobProgress
 
@@ -194,6 +195,36 @@ def test_the_pool_fits_the_cluster(
     size = worker_size(asked, nodes)
     assert workers_wanted(asked, size, nodes, units) == workers
     assert bool(room_for(size, nodes)) == bool(workers)
+
+
+@pytest.mark.parametrize(
+    ("asked", "config", "nodes", "device"),
+    [
+        ("auto", {"gpus_per_worker": 0}, [{"CPU": 8, "GPU": 2}], "cpu"),
+        ("auto", {}, [{"CPU": 8}], "cpu"),
+        ("auto", {}, [{"CPU": 8, "GPU": 2}, {"CPU": 8}], "auto"),
+        ("auto", {"gpus_per_worker": 0.25}, [{"CPU": 8, "GPU": 2}], "auto"),
+        ("cpu", {"gpus_per_worker": 1}, [{"CPU": 8, "GPU": 2}], "cpu"),
+        (
+            "cuda",
+            {"gpus_per_worker": 0},
+            [{"CPU": 8, "GPU": 2}],
+            "cuda",
+        ),  # asked for, so it is not for us to know better
+    ],
+)
+def test_a_worker_without_a_gpu_of_its_own_computes_on_the_cpu(
+    asked: Device, config: dict[str, object], nodes: list[dict[str, float]], device: str
+) -> None:
+    assert worker_device(asked, worker_size(RayConfig.model_validate(config), nodes).gpus) == device
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_worker_that_reserved_none_leaves_it_alone(pictures: Path, codebook: Path, tmp_path: Path) -> None:
+    ray = RayConfig(gpus_per_worker=0)
+    run_job(job_config(pictures, codebook, tmp_path / "out", device="auto", engine="ray", ray=ray))
+    [numerics] = open_manifest(tmp_path / "out").manifest.provenance.numerics
+    assert "cpu" in numerics.device
 
 
 @pytest.mark.parametrize("address", ["auto", "local", "ray://head:10001"])

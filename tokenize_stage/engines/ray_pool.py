@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -28,7 +28,7 @@ from tokenize_stage.config import RayConfig
 from tokenize_stage.engines.in_flight import Counts, OnRunning, Running
 from tokenize_stage.engines.ray import first_line
 from tokenize_stage.engines.ray_actor import UnitActor
-from tokenize_stage.engines.room import WorkerSize, no_room, worker_size, workers_wanted
+from tokenize_stage.engines.room import WorkerSize, no_room, worker_device, worker_size, workers_wanted
 from tokenize_stage.order import WorkOrder
 from tokenize_stage.outcomes import UnitDone, UnitFailed
 from tokenize_stage.units import Unit
@@ -91,12 +91,13 @@ class WorkerPool:
     """Actors at work on the units of a job."""
 
     def __init__(self, order: WorkOrder, config: RayConfig, units: Sequence[Unit]) -> None:
-        self._order, self._config = ray.put(order), config
+        self._order, self._config = order, config
         self._waiting = Queue(units)
         self._members: list[Member] = []
         self._attempts: Counter[str] = Counter()
         self._failed_starts = 0
         self._size: WorkerSize | None = None
+        self._shared_order: Any = None  # in Ray, once it is known what a worker reserves
         self._looked = self._told = self._patient = float("-inf")
         self._roomless_since: float | None = None
 
@@ -123,6 +124,8 @@ class WorkerPool:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if self._size is None:
             self._size = worker_size(self._config, nodes)
+            device = worker_device(self._order.device, self._size.gpus)
+            self._shared_order = ray.put(replace(self._order, device=device))
         undone = len(self._waiting) + sum(len(member.units) for member in self._members)
         wanted = workers_wanted(self._config, self._size, nodes, undone)
         started = any(member.starting is None for member in self._members)
@@ -166,7 +169,7 @@ class WorkerPool:
                 max_task_retries=0,
                 max_concurrency=UNITS_AT_ONCE + 1,
             )
-            .remote(self._order, self._config.decode)
+            .remote(self._shared_order, self._config.decode)
         )
         return Member(actor, actor.start.remote())
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from manifests.errors import EnvironmentProblem
-from tokenize_stage.config import RayConfig
+from tokenize_stage.config import Device, RayConfig
 
 GIB = 1 << 30
 
@@ -37,6 +37,15 @@ def worker_size(config: RayConfig, nodes: Nodes) -> WorkerSize:
         gpus = min(1.0, sum(node.get("GPU", 0) for node in nodes))
     memory = math.ceil((config.memory_per_worker or 0) * GIB)
     return WorkerSize(config.cpus_per_worker, gpus, memory, 1 if config.decode == "cluster" else 0)
+
+
+def worker_device(asked: Device, gpus: float) -> Device:
+    """The device of a worker that reserves `gpus` of them, for which the job asks `asked`.
+
+    Without a GPU of its own `auto` is the CPU: Ray leaves such a worker every GPU of its node to see, and all of them
+    would compute on the first one, beside those that reserved it.
+    """
+    return "cpu" if asked == "auto" and not gpus else asked
 
 
 def room_for(size: WorkerSize, nodes: Nodes) -> int:
