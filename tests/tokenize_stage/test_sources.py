@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import zstandard
 from made_containers import Place
@@ -14,8 +16,8 @@ from s3_server import S3Server
 
 from manifests.errors import InputError
 from tokenize_stage.config import FolderSource, LlavaSource, WebdatasetSource
-from tokenize_stage.sources import Inventory, take_inventory
-from tokenize_stage.sources.inventory import ABSENT, INVENTORY_SCHEMA
+from tokenize_stage.sources import Inventory, inventory, references, take_inventory
+from tokenize_stage.sources.inventory import ABSENT, CHUNK_ROWS, INVENTORY_SCHEMA
 
 
 def ids(inventory: Inventory) -> list[str]:
@@ -140,6 +142,28 @@ def test_many_references_into_a_bucket_cost_one_listing(place: Place) -> None:
     sizes = inventory.table["size"].to_pylist()
     assert sizes[:5] == [len(picture(number)) for number in range(5)]
     assert set(sizes[5:]) == {ABSENT}
+
+
+def test_ids_are_joined_chunk_by_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ids of 100 million images are more text than one Arrow string array holds, so that no step may need one."""
+    assert CHUNK_ROWS * len("/".join(["x" * 255] * 16)) < 2**31  # no path is longer on Linux
+    for module in (inventory, references):
+        monkeypatch.setattr(module, "CHUNK_ROWS", 100)
+    place = Place(f"memory://{tmp_path.name}")
+    for number in range(250):
+        place.put(f"images/{number}.png", b"x" * number)
+    names = [f"{number}.png" for number in np.random.default_rng(0).permutation(1_250)]
+    records = "".join(json.dumps({"image": name}) + "\n" for name in names)
+    source = LlavaSource(path=place.put("data.jsonl", records.encode()), image_root=f"{place.location}/images")
+    table = take_inventory(source).table
+    assert table["image_id"].type == pa.string()
+    assert [len(chunk) for chunk in table["image_id"].chunks] == [100] * 12 + [50]
+    found = dict(zip(table["image_id"].to_pylist(), table["size"].to_pylist(), strict=True))
+    assert found == {f"{number}.png": number if number < 250 else ABSENT for number in range(1_250)}
+    times = [
+        size == ABSENT or time > 0 for size, time in zip(found.values(), table["mtime_ns"].to_pylist(), strict=True)
+    ]
+    assert all(times)
 
 
 def test_a_folder_in_a_bucket(place: Place) -> None:

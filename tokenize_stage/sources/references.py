@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from manifests.errors import InputError
+from manifests.id_index import IdIndex
 from manifests.records import BadRecord, image_id_of
 from manifests.rejects import Reject
 from manifests.storage import FileStat, Store
-from tokenize_stage.sources.inventory import ABSENT, Identity, build_table, identity_of, is_text, text_array
+from tokenize_stage.sources.inventory import ABSENT, CHUNK_ROWS, Identity, build_table, identity_of, is_text, text_array
 from tokenize_stage.sources.listing import stats_of
+from tokenize_stage.table_rows import numbers
 
 _FEW = 1_000
 """Up to so many references in an object store are looked up one by one; for more its listing is read once."""
@@ -66,17 +66,16 @@ def _identities(store: Store, ids: Sequence[str]) -> Iterable[Identity]:
 
 
 def _looked_up(ids: Sequence[str], listing: Iterator[tuple[str, FileStat]]) -> Iterator[Identity]:
-    """The listing joined to the ids by columns, since a dictionary of millions of files takes gigabytes."""
+    """The listing joined to the ids by columns, since a dictionary of millions of files takes gigabytes.
+
+    Both stay in chunks of `CHUNK_ROWS`: an Arrow string array, and the table that Arrow's own lookup makes of all chunks
+    together, hold 2 GiB of text and no more.
+    """
     listed = build_table((name, stat.size, stat.mtime_ns, 0) for name, stat in listing)
-    chunks = (text_array(ids[start : start + _CHUNK]) for start in range(0, len(ids), _CHUNK))
-    names = listed["image_id"]
-    sizes, times = (np.from_dlpack(listed[name].combine_chunks()) for name in ("size", "mtime_ns"))
-    for chunk in chunks:
-        for place in pc.index_in(chunk, value_set=names).to_pylist():
-            yield (ABSENT, 0) if place is None else (int(sizes[place]), int(times[place]))
-
-
-_CHUNK = 1 << 20
+    index, sizes, times = IdIndex(listed["image_id"]), numbers(listed["size"]), numbers(listed["mtime_ns"])
+    for start in range(0, len(ids), CHUNK_ROWS):
+        for place in index.find(pa.chunked_array([text_array(ids[start : start + CHUNK_ROWS])])).tolist():
+            yield (ABSENT, 0) if place < 0 else (int(sizes[place]), int(times[place]))
 
 
 def _is_id(text: str) -> bool:
