@@ -16,7 +16,7 @@ from manifests.errors import StorageError
 from manifests.lease import LeaseOwner
 from manifests.object_lease import ObjectLease
 from manifests.parallel import ordered_map
-from manifests.remote import Remote, open_remote
+from manifests.remote import PATHLESS, Remote, open_remote
 from manifests.remote_errors import client_errors, is_storage_fault, no_bucket, sentence
 from manifests.storage import LEASE_NAME, FileStat, Store
 
@@ -25,8 +25,6 @@ THREADS = 32
 
 _APPEND_EVERY_S = 15.0
 _MANY = 4
-_PATHLESS = frozenset({"", ".", ".."})
-"""Parts of a key that no path has: `inside` takes them away, and so would find another object."""
 _log = logging.getLogger(__name__)
 
 
@@ -115,7 +113,7 @@ class ObjectStore(Store):
                 rel = key.removeprefix(start)
                 if not rel.startswith(prefix):
                     continue
-                if not _PATHLESS & set(rel.split("/")):
+                if not PATHLESS & set(rel.split("/")):
                     yield rel, found
                 elif pathless is not None:
                     pathless.append(f"{self.location}/{rel}")

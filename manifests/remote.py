@@ -11,6 +11,7 @@ from __future__ import annotations
 import configparser
 import ctypes
 import os
+import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -31,6 +32,8 @@ ATTEMPTS = 3
 """Together they bound the wait for an S3 server that went silent to under a minute."""
 GCS_PATIENCE_S = 20
 """Google's client tries for up to twice that."""
+PATHLESS = frozenset({"", ".", ".."})
+"""Parts that no relative path has: an object store keeps them, where a disk would fold `a//b` and `a/../b`."""
 
 
 class Files(Protocol):
@@ -67,8 +70,9 @@ class Remote:
 def open_remote(url: str) -> Remote:
     """The folder at `url`; nothing is asked of the network yet.
 
-    Raises `StorageError` for a URL with credentials, a query or no bucket, or of a scheme that nobody knows, and
-    `EnvironmentProblem` when the package of its scheme is not installed.
+    Raises `StorageError` for a URL with credentials, a query, no bucket or a path that has an empty, `.` or `..` part
+    (one slash may end it), or of a scheme that nobody knows, and `EnvironmentProblem` when the package of its scheme is
+    not installed.
     """
     parts = urlsplit(url)
     if "@" in parts.netloc:
@@ -76,10 +80,17 @@ def open_remote(url: str) -> Remote:
             f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path} is given with credentials in it: "
             "take them out, and set them in the environment"
         )
-    if "?" in url or "#" in url or (not parts.netloc and parts.scheme != "memory"):
+    if "?" in url or "#" in url or (parts.netloc in PATHLESS and f"{parts.scheme}://{parts.netloc}" != "memory://"):
         raise StorageError(
-            f"{url.partition('?')[0]} is not the URL of a folder: write {parts.scheme}://BUCKET/FOLDER, and set the "
-            "endpoint and region in the environment"
+            f"{parts.scheme}://{parts.netloc}{parts.path} is not the URL of a folder: "
+            f"write {parts.scheme}://BUCKET/FOLDER, and set the endpoint and region in the environment"
+        )
+    path = parts.path.removeprefix("/").removesuffix("/")
+    if path and PATHLESS & set(path.split("/")):
+        meant = posixpath.normpath(f"/{path.lstrip('/')}").rstrip("/")
+        raise StorageError(
+            f"{url} has an empty, . or .. part, which is a name like any other in an object store: "
+            f"write {parts.scheme}://{parts.netloc}{meant}"
         )
     scheme, _, key = url.rstrip("/").partition("://")
     if scheme in ("s3", "s3a"):
