@@ -22,6 +22,8 @@ _ASSIGNED = re.compile(
     rf"((?:^|[^A-Za-z])(?:{_NAME}[A-Za-z_-]*|{_OF_TEXT}token)\s*[=:]\s*)([^\s&;,'\"]+)", re.IGNORECASE
 )
 _IN_URL = re.compile(r"(\w[\w+.-]*://)[^/@\s]*@")
+_SIGNED = re.compile(r"([?&]sig=)[^\s&;,'\"]+")
+"""Azure's signature in a URL."""
 _PUBLISHED_FORMS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|sk-[\w-]{20,}|"
     r"(?:AKIA|ASIA)[A-Z0-9]{16}|xox[abprs]-[\w-]{10,}|AIza[\w-]{35})"
@@ -57,6 +59,7 @@ def redact_text(text: str) -> str:
     """`text` without URL credentials, `password=...`, tokens of well-known forms, and this environment's own secrets."""
     text = _IN_URL.sub(rf"\1{HIDDEN}@", text)
     text = _ASSIGNED.sub(rf"\1{HIDDEN}", text)
+    text = _SIGNED.sub(rf"\1{HIDDEN}", text)
     text = _PUBLISHED_FORMS.sub(HIDDEN, text)
     for secret in _environment_secrets():
         text = text.replace(secret, HIDDEN)

@@ -9,6 +9,7 @@ from types import TracebackType
 import pyarrow as pa
 
 from manifests.errors import AsvrError, StorageError
+from manifests.redact import redact_text
 
 # Each pattern is looked for in the text of the error, which holds the store's own name of it; the first that fits wins.
 _MEANINGS: tuple[tuple[str, str, str], ...] = (
@@ -36,6 +37,8 @@ _MEANINGS: tuple[tuple[str, str, str], ...] = (
 )
 
 _STORAGE_ERROR = re.compile("AWS Error|google::cloud|curlCode")
+_QUERY = re.compile(r"\?[^\s?='\"<>()]+=[^\s'\"<>()]*")
+"""Of a URL, or of the path that is left of one: a signed link holds in it all that is needed to read the object."""
 _REQUEST_ID = re.compile(r"\s*\(Request ID: [^)]*\)?")
 
 
@@ -95,6 +98,7 @@ def _is_clients(error: Exception) -> bool:
 
 
 def _short(text: str) -> str:
-    one_line = " ".join(_REQUEST_ID.sub("", text).split())
+    """One line, of bounded length, without secrets: these are gone before the rest is cut, which could leave a part."""
+    one_line = redact_text(_QUERY.sub("", " ".join(_REQUEST_ID.sub("", text).split())))
     start = one_line.find("AWS Error")
     return one_line[max(start, 0) :][:200]

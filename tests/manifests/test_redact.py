@@ -46,6 +46,7 @@ def test_no_way_of_giving_a_secret_lets_it_through(secret: str) -> None:
         f"https://user:{secret}@host/data",
         f"s3://{secret}@bucket/x",
         f"https://bucket/x?X-Amz-Signature={secret}&more=1",
+        f"https://account.blob/x?sv=1&sig={secret}&se=2",
         f"--set=train.api_key={secret}",
         f"password: {secret}",
     ]

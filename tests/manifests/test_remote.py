@@ -214,6 +214,28 @@ def test_what_stores_say(text, says):
     assert "ABC" not in message
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "403 for https://b.s3.amazonaws.com/x?X-Amz-Credential={0}%2Fus&X-Amz-Date=1&X-Amz-Signature={0}: Forbidden",
+        "<Url>https://storage.googleapis.com/b/x?X-Goog-Algorithm=A&X-Goog-Signature={0}</Url> Forbidden",
+        "ClientError(url='https://account.blob/x?sv=1&sig={0}&se=2') Forbidden",
+        "Max retries exceeded with url: /b/x?Expires=1&Signature={0}&KeyId=2 (Caused by Forbidden)",
+        "https://cas/x?token={0}\nForbidden",
+        "https://user:{0}@host/x: Forbidden",
+        "Authorization: token={0}, Forbidden",
+        "x" * 170 + " https://h/x?Expires=1&Signature={0} Forbidden",
+        "AWS Error ACCESS_DENIED during GetObject operation: https://h/?a=1&b={0} Forbidden",
+    ],
+)
+@pytest.mark.parametrize("secret", [SECRET, f"{SECRET}+%2F=="])
+def test_what_a_client_says_of_a_signed_link_is_not_repeated(said, secret):
+    message = str(sentence("read", "s3://b/x", OSError(said.format(secret))))
+    assert message.startswith("cannot read s3://b/x: access is denied (")
+    assert SECRET[:6] not in message
+    assert "Forbidden" in message or said.startswith("xxx")
+
+
 @pytest.mark.parametrize("length", [4, 4000])
 def test_what_a_shorter_object_replaces_in_mid_read_is_read_as_that_object(s3, monkeypatch, length):
     """A client asks for the size and then for the bytes; a driver that slept in between found its lease given back.
