@@ -27,7 +27,7 @@ lint: setup
 	lint-imports
 
 test: lint browser
-	pytest $(TESTS)
+	pytest -n 2 --dist loadfile $(TESTS)  # two files at a time: much of the suite waits for processes
 
 browser:  # without one the tests of the report fail, and say so; the others run
 	@sh docker/browser.sh || true
