@@ -25,10 +25,9 @@ from train_stage.config import ResolvedPhase, TrainConfig
 from train_stage.cost import Part, count_parts, flop_model, kept
 from train_stage.flops import Work
 from train_stage.image_tokens import ImageTokens
-from train_stage.losses import CHUNK
-from train_stage.memory import Memory, activations, checkpoint_bytes, estimate
+from train_stage.memory import Memory, activations, checkpoint_bytes, estimate, head_bytes
 from train_stage.model import AsvrModel
-from train_stage.objectives.codes import POSITIONS
+from train_stage.objectives.codes import POSITIONS, CodesObjective
 from train_stage.phase_data import phase_geometry
 from train_stage.plan import make_plan
 from train_stage.prepare import target_of
@@ -251,8 +250,8 @@ def _estimate(
     bytes_each = 2 if config.precision == "bfloat16" else 4
     text = model.llava.config.text_config
     zero = config.deepspeed.get("zero_optimization", {})
-    # Where a token of text has its logits, fewer positions have theirs at once.
-    widest = max(text.vocab_size, *(sum(_sizes(term)) * POSITIONS // CHUNK for term in model.terms.values()), 0)
+    chunk = min(POSITIONS, phase.micro_batch_tokens)
+    scored = [head_bytes(term.visual_head, text.hidden_size, chunk, bytes_each) for term in _of_codes(model)]
     memory = estimate(
         total,
         trained,
@@ -261,7 +260,11 @@ def _estimate(
         offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
         gpus=fleet.gpus,
         activations=activations(
-            text, phase.micro_batch_tokens, widest, bytes_each=bytes_each, recompute=config.recompute_activations
+            text,
+            phase.micro_batch_tokens,
+            max(scored, default=0.0),
+            bytes_each=bytes_each,
+            recompute=config.recompute_activations,
         ),
     )
     return PhaseReport(
@@ -277,6 +280,5 @@ def _estimate(
     )
 
 
-def _sizes(term: object) -> tuple[int, ...]:
-    head = getattr(term, "visual_head", None)
-    return tuple(head.codebook_sizes) if head is not None else ()
+def _of_codes(model: AsvrModel) -> list[CodesObjective]:
+    return [term for term in model.terms.values() if isinstance(term, CodesObjective)]

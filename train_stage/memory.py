@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
 from train_stage.losses import CHUNK
+from train_stage.visual_head import ParallelHead, VisualHead
 
 STATES = 12
 """Bytes a trained parameter: float32 master, and Adam's two moments (ZeRO, arXiv 1910.02054, section 3.1)."""
@@ -62,15 +68,47 @@ def layer_bytes(text: Any, bytes_each: int) -> float:
     return float(norms + bytes_each * (2 * query + 2 * key + 4 * text.intermediate_size))
 
 
-def activations(text: Any, tokens: int, widest: int, *, bytes_each: int, recompute: bool) -> float:
-    """Bytes of a micro-batch of `tokens` in the layers, and of one chunk of the heads' `widest` logits.
+def head_bytes(head: VisualHead | ParallelHead, hidden_size: int, positions: int, bytes_each: int) -> float:
+    """Bytes of a visual head while a chunk of `positions` is scored: what its pass keeps, and the logits of all depths.
+
+    The pass is made with tensors that have shapes and no numbers, and what autograd saves of it is counted.
+    """
+    dtype = torch.bfloat16 if bytes_each == 2 else torch.float32
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor  # holding it keeps its address its own
+        return tensor
+
+    # Not the meta device: it would take the form of attention that keeps the scores.
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        own = {
+            name: torch.empty(tensor.shape, dtype=dtype, requires_grad=True)
+            for name, tensor in [*head.named_parameters(), *head.named_buffers()]
+        }
+        hidden_NH = torch.empty(positions, hidden_size, dtype=dtype, requires_grad=True)
+        codes_ND = torch.empty(positions, len(head.codebook_sizes), dtype=torch.int64)
+        functional_call(head, own, (hidden_NH, codes_ND))
+    for weight in own.values():
+        kept.pop(weight.untyped_storage()._cdata, None)
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return float(saved + logit_bytes(positions, sum(head.codebook_sizes), bytes_each))
+
+
+def logit_bytes(positions: int, classes: int, bytes_each: int) -> float:
+    """Bytes of logits, their copy in float32 and the cross-entropy's gradient."""
+    return float(positions * classes * (bytes_each + 8))
+
+
+def activations(text: Any, tokens: int, heads: float, *, bytes_each: int, recompute: bool) -> float:
+    """Bytes of a micro-batch of `tokens` in the layers, and of one chunk of the widest head; `heads` is that of the visual ones.
 
     With `recompute` a layer keeps its input alone, and one layer at a time everything.
     """
     layer = layer_bytes(text, bytes_each)
     layers = text.num_hidden_layers
     kept = layers * text.hidden_size * bytes_each + layer if recompute else layers * layer
-    return float(tokens * kept + min(CHUNK, tokens) * widest * (bytes_each + 8))
+    return float(tokens * kept + max(heads, logit_bytes(min(CHUNK, tokens), text.vocab_size, bytes_each)))
 
 
 def checkpoint_bytes(trained: int, carried: int, bytes_each: int) -> float:
