@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from manifests.commits import (
     CommitRecord,
@@ -27,7 +26,9 @@ from manifests.derived import header_of
 from manifests.errors import InputError
 from manifests.forgotten import remember_forgotten
 from manifests.garbage import list_snapshots, remove_snapshots
+from manifests.id_index import IdIndex
 from manifests.reader import OpenManifest, load_manifest
+from manifests.repeated_ids import columns_of
 from manifests.schema import MANIFEST_NAME
 from manifests.storage import Store
 
@@ -70,7 +71,8 @@ def forget_images(store: Store, image_ids: Sequence[str], *, purge: bool = False
         assemble_manifest(store, header, (record for record in read_commits(store) if record.unit not in emptied))
         for unit in emptied:  # not before: of every unit that a manifest names there is a record
             store.delete(commit_path(unit))
-        holding = [path for path in list_snapshots(store) if _shows(store, path, wanted)]
+        names = IdIndex(pa.chunked_array([sorted(wanted)], pa.string()))
+        holding = [path for path in list_snapshots(store) if _shows(store, path, names)]
         if purge:
             store.delete(LISTING_NAME)
             remove_snapshots(store, holding)
@@ -126,10 +128,8 @@ def _rewrite(store: Store, opened: OpenManifest, record: CommitRecord, wanted: f
     write_commit(store, cut.record)
 
 
-def _shows(store: Store, snapshot: str, wanted: frozenset[str]) -> bool:
+def _shows(store: Store, snapshot: str, wanted: IdIndex) -> bool:
     """Whether some of the images can be read through an older manifest."""
     opened = load_manifest(store.where(snapshot))
-    names = pa.array(sorted(wanted), pa.string())
-    return any(
-        pc.any(pc.is_in(table["image_id"], value_set=names)).as_py() for table in (opened.index(), opened.rejects())
-    )
+    readings = (read(["image_id"]) for read in (opened.iter_index, opened.iter_rejects))
+    return any((wanted.find(names) >= 0).any() for batches in readings for names in columns_of(batches))

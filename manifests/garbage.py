@@ -11,14 +11,14 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from manifests.atomic import TEMPORARY_PREFIX, storage_errors
 from manifests.commits import list_commits, read_commit
 from manifests.errors import InputError
-from manifests.reader import OpenManifest, load_manifest
+from manifests.reader import load_manifest
 from manifests.schema import MANIFEST_NAME
 from manifests.storage import LEASE_NAME, Store
 
@@ -96,9 +96,8 @@ def _collect(store: Store, older_than: float, keep_snapshots: int | None, *, dry
     now = time.time()
     ages = {path: (now - stat.mtime_ns / 1e9, stat.size) for path, stat in store.walk()}
     ages |= {path: (now - mtime, size) for path, mtime, size in _abandoned(store)}
-    manifests = {path: load_manifest(store.where(path)) for path in list_snapshots(store)}
-    stay = _retained(store, manifests, ages, older_than, keep_snapshots)
-    named = set(_named(store, [manifests[path] for path in stay]))
+    stay = _retained(store, list_snapshots(store), ages, older_than, keep_snapshots)
+    named = set(_named(store, stay))
     named |= set(_committed(store, [path for path in ages if path not in named]))
     removed: list[Orphan] = []
     young: list[Orphan] = []
@@ -118,31 +117,34 @@ def _collect(store: Store, older_than: float, keep_snapshots: int | None, *, dry
 
 def _retained(
     store: Store,
-    manifests: dict[str, OpenManifest],
+    snapshots: Sequence[str],
     ages: dict[str, tuple[float, int]],
     older_than: float,
     keep: int | None,
 ) -> set[str]:
-    """The snapshots that stay."""
+    """The snapshots that stay. One is held at a time: each lists all shards of the set."""
     if keep is None:
-        return set(manifests)
-    newest = sorted(manifests, key=lambda path: (manifests[path].manifest.provenance.created_at, -ages[path][0]))
+        return set(snapshots)
+    created, digests = {}, {}
+    for path in snapshots:
+        opened = load_manifest(store.where(path))
+        created[path], digests[path] = opened.manifest.provenance.created_at, opened.digest
+    newest = sorted(snapshots, key=lambda path: (created[path], -ages[path][0]))
     stay = set(newest[-keep:] if keep else [])
-    stay |= {path for path in manifests if ages[path][0] <= older_than}
+    stay |= {path for path in snapshots if ages[path][0] <= older_than}
     if store.exists(MANIFEST_NAME):
         digest = hashlib.sha256(store.read(MANIFEST_NAME)).hexdigest()
-        stay |= {path for path in manifests if manifests[path].digest == digest}
+        stay |= {path for path in snapshots if digests[path] == digest}
     return stay
 
 
-def _named(store: Store, retained: Iterable[OpenManifest]) -> Iterator[str]:
+def _named(store: Store, retained: Iterable[str]) -> Iterator[str]:
     """Every file that a manifest names."""
-    opened = list(retained)
-    if store.exists(MANIFEST_NAME):
-        opened.append(load_manifest(store.where(MANIFEST_NAME)))
-    for one in opened:
-        manifest = one.manifest
-        entries = [*one.shards, manifest.index, manifest.rejects, manifest.codebook, manifest.shards_file]
+    current = [MANIFEST_NAME] if store.exists(MANIFEST_NAME) else []
+    for path in [*sorted(retained), *current]:
+        opened = load_manifest(store.where(path))
+        manifest = opened.manifest
+        entries = [*opened.shards, manifest.index, manifest.rejects, manifest.codebook, manifest.shards_file]
         yield from (entry.path for entry in entries if entry)
 
 

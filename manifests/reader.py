@@ -127,9 +127,18 @@ class OpenManifest:
                 "tokenize the images first, or see its rejects"
             )
         at = places.to_numpy(zero_copy_only=False)
-        ordinals = self._index["shard"].to_numpy()[at]
-        rows = self._index["row"].to_numpy()[at]
-        found: list[Any] = [None] * len(at)
+        return self._stored_at(self._index["shard"].to_numpy()[at], self._index["row"].to_numpy()[at])
+
+    def values_at(self, ordinals: npt.NDArray[np.int32], rows: npt.NDArray[np.int32]) -> list[npt.NDArray[Any]]:
+        """The codes (V, P, D) or features (V, P, n) of rows of shards, as the index names both, in the order asked.
+
+        They are what `read_codes` or `read_features` gives for the images of these rows; the index is not looked at.
+        """
+        column = value_column(self.manifest.producer)
+        return [column.widened(stored) for stored in self._stored_at(ordinals, rows)]
+
+    def _stored_at(self, ordinals: npt.NDArray[np.int32], rows: npt.NDArray[np.int32]) -> list[npt.NDArray[Any]]:
+        found: list[Any] = [None] * len(rows)
         for ordinal in np.unique(ordinals):
             mine = np.flatnonzero(ordinals == ordinal)
             for place, values in zip(mine, self._rows_of_shard(self.shards[ordinal], rows[mine]), strict=True):
@@ -139,14 +148,20 @@ class OpenManifest:
     def iter_index(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Some columns of the index, in batches and in its order, without holding it.
 
-        Its sha256 is checked before the first batch, so the file is read twice.
+        Its sha256 is checked before the first batch, once for all such readings, so the first of them reads it twice.
         """
         self.check_index()
-        return iter_rows(self.store, self.manifest.index.path, columns)
+        batches = iter_rows(self.store, self.manifest.index.path, columns)
+        return self._of_known_shards(batches) if "shard" in columns else batches
+
+    def iter_rejects(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of the rejects, in batches and in their order, without holding them; their sha256 is checked first."""
+        check_entry(self.store, self.manifest.rejects)
+        return iter_rows(self.store, self.manifest.rejects.path, columns)
 
     def check_index(self) -> None:
         """`VerificationFailed` unless the index is the file that the manifest names; it is read by pieces."""
-        check_entry(self.store, self.manifest.index)
+        _ = self._index_is_whole
 
     def iter_shards(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The shards' rows, shard by shard in the manifest's order; all columns, or some."""
@@ -155,15 +170,35 @@ class OpenManifest:
 
     @cached_property
     def _index(self) -> pa.Table:
-        entry = self.manifest.index
-        table = self._table(entry).combine_chunks()
-        ordinals = table["shard"].to_numpy() if table.schema.equals(INDEX_SCHEMA) else None
-        if ordinals is None or (ordinals.size and not 0 <= ordinals.min() <= ordinals.max() < len(self.shards)):
-            raise VerificationFailed(
-                f"{self.store.where(entry.path)} is not an index of the manifest's shards: "
-                "run the tokenize stage again to write it anew"
-            )
+        table = self._table(self.manifest.index).combine_chunks()
+        if not table.schema.equals(INDEX_SCHEMA):
+            raise self._no_index()
+        self._check_ordinals(table["shard"].to_numpy())
         return table
+
+    @cached_property
+    def _index_is_whole(self) -> bool:
+        entry = self.manifest.index
+        check_entry(self.store, entry)
+        with open_shard(self.store, entry.path) as file:
+            if not file.schema_arrow.equals(INDEX_SCHEMA):
+                raise self._no_index()
+        return True
+
+    def _of_known_shards(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            self._check_ordinals(batch["shard"].to_numpy())
+            yield batch
+
+    def _check_ordinals(self, ordinals: npt.NDArray[np.int32]) -> None:
+        if ordinals.size and not 0 <= ordinals.min() <= ordinals.max() < len(self.shards):
+            raise self._no_index()
+
+    def _no_index(self) -> VerificationFailed:
+        return VerificationFailed(
+            f"{self.store.where(self.manifest.index.path)} is not an index of the manifest's shards: "
+            "run the tokenize stage again to write it anew"
+        )
 
     def _table(self, entry: FileEntry) -> pa.Table:
         data = read_entry(self.store, entry, limit=entry.bytes)

@@ -39,7 +39,7 @@ from manifests.errors import InputError, VerificationFailed
 from manifests.forgotten import forgotten_digests, name_digest
 from manifests.garbage import list_snapshots
 from manifests.reader import OpenManifest, load_manifest
-from manifests.rebuilt_records import lost_rejects, record_of
+from manifests.rebuilt_records import FileTimes, lost_rejects, record_of
 from manifests.redact import command_line
 from manifests.schema import MANIFEST_NAME, Manifest, ShardEntry
 from manifests.shard_reader import open_parquet
@@ -87,8 +87,9 @@ def rebuild(store: Store, like: str | Path | None = None) -> RebuildReport:
             rejects = lost_rejects(model, (read_commit(store, unit) for unit in committed), known | damaged)
             if rejects:
                 _commit(store, rejects, model)
+        times = FileTimes(model) if own and shards else None
         for shard in shards:
-            _commit(store, record_of(store, shard, model, own=own, lost=lost), model)
+            _commit(store, record_of(store, shard, model, times, lost=lost), model)
         for unit in damaged - known:
             store.delete(commit_path(unit))
         if own and not _readable(store, MANIFEST_NAME):
@@ -117,10 +118,13 @@ def _model(store: Store, marks: set[str], like: str | Path | None) -> tuple[Open
         raise InputError(
             f"{store.location} has commit records of {len(marks)} fingerprints: run its asvr tokenize --replace to the end"
         )
-    own = [opened for path in [*list_snapshots(store), MANIFEST_NAME] if (opened := _readable(store, path))]
-    own = [opened for opened in own if not marks or opened.manifest.fingerprint in marks]
-    if own:
-        return max(own, key=lambda opened: opened.manifest.provenance.created_at), True
+    newest: OpenManifest | None = None  # two are held at most: each lists all shards of the set
+    for path in [*list_snapshots(store), MANIFEST_NAME]:
+        own = _readable(store, path)
+        if own and (not marks or own.manifest.fingerprint in marks) and (not newest or _made(own) > _made(newest)):
+            newest = own
+    if newest:
+        return newest, True
     if like is None:
         raise InputError(
             f"{store.location} has no snapshot that says with which tokenizer, geometry and source it was made: run its asvr "
@@ -132,6 +136,10 @@ def _model(store: Store, marks: set[str], like: str | Path | None) -> tuple[Open
             f"{like} has another fingerprint than the commit records of {store.location}: name another manifest"
         )
     return opened, False
+
+
+def _made(opened: OpenManifest) -> str:
+    return opened.manifest.provenance.created_at
 
 
 def _readable(store: Store, path: str) -> OpenManifest | None:

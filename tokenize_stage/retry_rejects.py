@@ -14,8 +14,11 @@ from pydantic import ValidationError
 
 from manifests.documents import first_problem
 from manifests.errors import RecipeError
+from manifests.id_index import IdIndex
 from manifests.reader import OpenManifest, load_manifest
 from manifests.rejects import RejectReason
+from manifests.repeated_ids import columns_of
+from manifests.shards import REJECTS_SCHEMA
 from manifests.storage import Store
 from tokenize_stage.config import TokenSetConfig
 from tokenize_stage.job import JobResult, run_job
@@ -51,13 +54,12 @@ def retry_rejects(
     wanted = _reasons(reasons)
     opened = load_manifest(store.location)
     config = _overridden(read_config(store), overrides)
-    rejects = opened.rejects()
-    tried = Counter(reason for reason in rejects["reason"].to_pylist() if reason in wanted)
+    rejects = _rejects(opened, wanted)
+    tried = Counter(rejects["reason"].to_pylist())
     if not tried:
         return RetryReport({}, 0, None)
     result = run_job(config, retry=wanted, progress=progress)
-    names = rejects.filter(pc.is_in(rejects["reason"], value_set=pa.array(sorted(wanted))))["image_id"]
-    return RetryReport(dict(sorted(tried.items())), _ok_now(load_manifest(store.location), names), result)
+    return RetryReport(dict(sorted(tried.items())), _ok_now(load_manifest(store.location), rejects["image_id"]), result)
 
 
 def _reasons(reasons: Sequence[str]) -> frozenset[str]:
@@ -85,5 +87,15 @@ def _overridden(config: TokenSetConfig, overrides: Sequence[str]) -> TokenSetCon
         raise RecipeError(f"--set is refused ({first_problem(error)}): correct it") from error
 
 
+def _rejects(opened: OpenManifest, reasons: frozenset[str]) -> pa.Table:
+    """Id and reason of the rejects with these reasons."""
+    columns, asked = ["image_id", "reason"], pa.array(sorted(reasons))
+    batches = opened.iter_rejects(columns)
+    chosen = (batch.filter(pc.is_in(batch["reason"], value_set=asked)) for batch in batches)
+    return pa.Table.from_batches(chosen, pa.schema([REJECTS_SCHEMA.field(name) for name in columns]))
+
+
 def _ok_now(opened: OpenManifest, names: pa.ChunkedArray) -> int:
-    return int(pc.sum(pc.is_in(names, value_set=opened.index()["image_id"])).as_py() or 0)
+    """How many of some images the set holds: they are looked up from a pass over its index."""
+    index = IdIndex(names)
+    return sum(int((index.find(ids) >= 0).sum()) for ids in columns_of(opened.iter_index(["image_id"])))

@@ -1,0 +1,124 @@
+"""The verbs on a finished set hold pieces of its index: what Arrow holds at most is a part of what the whole index takes."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from made_sets import assemble, commit_unit, make_set
+
+from manifests.forget import forget_images
+from manifests.garbage import collect_garbage
+from manifests.reader import load_manifest, open_manifest
+from manifests.rebuild import rebuild
+from manifests.schema import MANIFEST_NAME
+from manifests.storage import Store
+from manifests.verify import verify
+from tokenize_stage.retry_rejects import _ok_now
+
+UNITS, ROWS = 120, 100
+PART = 1 / 3
+
+
+def name(number: int) -> str:
+    """Ids are long, so that an index is much larger than the rows of some shards without them."""
+    return f"{number:06d}/{'x' * 200}.jpg"
+
+
+def large_set(folder: Path, first: int = 0) -> Path:
+    store = Store.open(folder)
+    for unit in range(UNITS):
+        ids = [name(first + unit * ROWS + row) for row in range(ROWS)]
+        commit_unit(store, f"u{unit:06d}", ids, {ids[1]}, seed=unit)
+    assemble(store)
+    return folder
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manifests.table_reader.BATCH_ROWS", 100)
+    monkeypatch.setattr("manifests.table_writer.ROW_GROUP_ROWS", 500)
+    monkeypatch.setattr("manifests.gather._THREADS", 1)
+
+
+@contextmanager
+def holds_a_part_of(folder: Path) -> Iterator[None]:
+    """Arrow must at no moment hold more than `PART` of what the index of this set takes."""
+    whole = open_manifest(folder).index().nbytes
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(usual)
+    assert pool.max_memory() < PART * whole
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_forget(tmp_path: Path) -> None:
+    large_set(tmp_path)
+    with holds_a_part_of(tmp_path):
+        report = forget_images(Store.open(tmp_path), [name(3), name(UNITS * ROWS - 1), "absent"])
+    assert (report.forgotten, report.absent, report.units, len(report.snapshots)) == (2, 1, 2, 1)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_rebuild_of_lost_records(tmp_path: Path) -> None:
+    large_set(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")}
+    for number in (0, 1, 50, UNITS - 1):
+        (tmp_path / f"commits/u{number:06d}.json.zst").unlink()
+    with holds_a_part_of(tmp_path):
+        report = rebuild(Store.open(tmp_path))
+    assert len(report.rebuilt) == 4
+    assert verify(tmp_path).problems == []
+    after = {path.name: path.read_bytes() for path in tmp_path.glob("index-*.parquet")}
+    assert after.items() <= before.items()
+
+
+def test_an_index_that_does_not_follow_the_shards_gives_no_times(tmp_path: Path) -> None:
+    """Its rows might be those of other images."""
+    make_set(tmp_path)
+    document = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    document["shards"] = document["shards"][::-1]
+    for path in [*(tmp_path / "snapshots").iterdir(), *(tmp_path / "commits").iterdir()]:
+        path.unlink()
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(document))
+    report = rebuild(Store.open(tmp_path))
+    assert [text for text in report.lost if "file times of unit u000000" in text]
+    assert verify(tmp_path).problems == []
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_counting_recovered_rejects(tmp_path: Path) -> None:
+    large_set(tmp_path)
+    with holds_a_part_of(tmp_path):
+        assert _ok_now(load_manifest(tmp_path), pa.chunked_array([[name(1), name(2), "absent", name(0)]])) == 2
+
+
+def peak(call: Callable[[], object]) -> int:
+    """The most that Python held."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("keep", [None, 25])
+def test_gc_holds_one_snapshot(tmp_path: Path, keep: int | None) -> None:
+    make_set(tmp_path, units=100)
+    text = (tmp_path / MANIFEST_NAME).read_text()
+    document = json.loads(text)
+    for number in range(30):
+        document["provenance"]["created_at"] = f"2026-01-01T00:00:{number:02d}+00:00"
+        (tmp_path / f"snapshots/{number:016x}.json").write_text(json.dumps(document))
+    load = peak(lambda: load_manifest(tmp_path))
+    assert peak(lambda: collect_garbage(Store.open(tmp_path), keep_snapshots=keep)) < 4 * load
