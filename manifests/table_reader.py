@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from manifests.entries import check_entry
@@ -28,6 +30,17 @@ def iter_rows(store: Store, rel: str, columns: Sequence[str]) -> Iterator[pa.Rec
                     yield batch.select(list(columns))
         except UNREADABLE as error:
             raise store.fault(rel, error) or damaged(store.where(rel), error) from error
+
+
+def rows_at(batches: Iterable[pa.RecordBatch], places: npt.NDArray[np.int64], schema: pa.Schema) -> pa.Table:
+    """The rows of a table at some places, which ascend, from one pass over its batches."""
+    found, start = [], 0
+    for batch in batches:
+        first, end = np.searchsorted(places, [start, start + len(batch)])
+        if end > first:
+            found.append(batch.take(pa.array(places[first:end] - start)))
+        start += len(batch)
+    return pa.Table.from_batches(found, schema)
 
 
 def table_problem(store: Store, name: str, entry: TableEntry, schema: pa.Schema) -> Problem | None:

@@ -21,9 +21,11 @@ from manifests.images import ImageSource, UnitReader
 from manifests.reader import OpenManifest, load_manifest
 from manifests.rejects import Reject
 from manifests.report import Problem
+from manifests.rows import take_rows
 from manifests.schema import FeaturesSpec, SourceIdentity
-from manifests.shard_reader import read_parquet
+from manifests.shards import INDEX_SCHEMA
 from manifests.storage import Store
+from manifests.table_reader import rows_at
 from tokenize_stage.batches import Batch, fill_batches
 from tokenize_stage.config import TokenSetConfig
 from tokenize_stage.decoding import SourceFailedError, decode_images
@@ -82,21 +84,22 @@ def recompute(
     opened = load_manifest(store.location)
     config = read_config(store)
     order = _order(opened, config)
-    index = opened.index()
-    rows = np.sort(np.random.default_rng(seed).choice(index.num_rows, min(count, index.num_rows), replace=False))
-    report = RecomputeReport(sampled=len(rows))
+    drawn = _draw(opened, count, seed)
+    report = RecomputeReport(sampled=len(drawn))
     with enough_memory(order.batch_size):
         comparison = _Comparison(order, config, report)
-    images = _readable(opened, rows, order, report)
+    images = _readable(opened, drawn, order, report)
     for done, batch in enumerate(fill_batches(comparison.views(images), order.batch_size, order.geometry.size), 1):
         with enough_memory(order.batch_size):
             comparison.compare(batch)
         if progress:
-            progress(min(done * order.batch_size, len(rows)), len(rows))
+            progress(min(done * order.batch_size, len(drawn)), len(drawn))
     comparison.finish()
-    if rows.size and not report.compared:
+    if len(drawn) and not report.compared:
         why = (report.unreadable or report.changed)[0]
-        raise InputError(f"none of the {len(rows)} images sampled from {store.location} can be compared (first: {why})")
+        raise InputError(
+            f"none of the {len(drawn)} images sampled from {store.location} can be compared (first: {why})"
+        )
     return report
 
 
@@ -122,12 +125,19 @@ def _order(opened: OpenManifest, config: TokenSetConfig) -> WorkOrder:
     return job.work_order(images)
 
 
+def _draw(opened: OpenManifest, count: int, seed: int) -> pa.Table:
+    """The index rows of up to `count` images, in its order: chosen by their number alone, then read in one pass."""
+    rows = opened.manifest.index.rows
+    places = np.sort(np.random.default_rng(seed).choice(rows, min(count, rows), replace=False))
+    return rows_at(opened.iter_index(INDEX_SCHEMA.names), places, INDEX_SCHEMA)
+
+
 def _readable(
-    opened: OpenManifest, rows: npt.NDArray[np.int64], order: WorkOrder, report: RecomputeReport
+    opened: OpenManifest, drawn: pa.Table, order: WorkOrder, report: RecomputeReport
 ) -> Iterator[tuple[Sampled, npt.NDArray[np.uint8]]]:
     """The sampled images that are still the ones that were tokenized, with their views (V, S, S, 3)."""
-    for group in np.array_split(rows, max(1, len(rows) // 64)):
-        sampled, members = _sample(opened, group)
+    for group in np.array_split(np.arange(len(drawn)), max(1, len(drawn) // 64)):
+        sampled, members = _sample(opened, drawn.take(pa.array(group)))
         with UnitReader(order.images, members, range(len(sampled))) as reader:
             for row, image in enumerate(sampled):
                 try:
@@ -149,19 +159,16 @@ def _readable(
                         yield image, decoded.views_NSS3
 
 
-def _sample(opened: OpenManifest, rows: npt.NDArray[np.int64]) -> tuple[list[Sampled], pa.Table]:
+def _sample(opened: OpenManifest, index: pa.Table) -> tuple[list[Sampled], pa.Table]:
     """Some rows of the index with what their shards say, and the same as members that a reader takes."""
-    index = opened.index().take(rows)
     ids = index["image_id"].to_pylist()
-    values = opened.read_codes(ids) if opened.manifest.tokenizer else opened.read_features(ids)
     columns = ["view_boxes", "file", "offset", "length"]
     found: list[dict[str, Any]] = [{}] * len(ids)
     ordinals, places = index["shard"].to_numpy(), index["row"].to_numpy()
+    values = opened.values_at(ordinals, places)
     for ordinal in np.unique(ordinals):
         mine = np.flatnonzero(ordinals == ordinal)
-        path = opened.shards[ordinal].path
-        data = pa.py_buffer(opened.store.read(path))
-        table = read_parquet(data, opened.store.where(path), columns).take(places[mine])
+        table = take_rows(opened, opened.shards[ordinal], places[mine], columns)
         for at, row in zip(mine, table.to_pylist(), strict=True):
             found[at] = row
     known = index.to_pylist()

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
@@ -129,7 +128,6 @@ def _set_section(
         palettes = [base64.b64encode(code_colours(book).tobytes()).decode() for book in opened.codebooks()]
         decoding = {"grid": list(spec.grid), "palettes": palettes, "width": width}
         meanings = [_meanings(cards[: len(shown)], depth, size, spec.grid) for depth, size in enumerate(spec.codebook_sizes)]  # fmt: skip
-    rejects = opened.rejects()
     section = SetSection(
         name=opened.folder.rstrip("/").rpartition("/")[2],
         location=opened.folder,
@@ -145,8 +143,8 @@ def _set_section(
         left_out=len(cards) - len(shown),
         meanings=meanings if meanings and any(meanings) else [],
         reasons=sorted(manifest.totals.rejected_by_reason.items(), key=lambda item: (-item[1], item[0])),
-        rejects=_some_rejects(rejects),
-        rejected=rejects.num_rows,
+        rejects=_some_rejects(opened),
+        rejected=manifest.rejects.rows,
         throughput=job_throughput(opened.store),
         decoding=decoding,
         anchor=anchor,
@@ -178,14 +176,16 @@ def _meanings(cards: Sequence[Card], depth: int, size: int, grid: tuple[int, int
     ]
 
 
-def _some_rejects(rejects: pa.Table) -> list[tuple[str, str, str]]:
+def _some_rejects(opened: OpenManifest) -> list[tuple[str, str, str]]:
     """REJECTS at most, some of every reason."""
-    reasons = pc.unique(rejects["reason"]).to_pylist()
-    parts = []
-    for reason in sorted(reasons):
-        mine = rejects.filter(pc.equal(rejects["reason"], reason)).slice(0, max(1, REJECTS // len(reasons)))
-        parts += list(zip(*(mine[name].to_pylist() for name in ("image_id", "reason", "message")), strict=True))
-    return parts
+    columns = ["image_id", "reason", "message"]
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for batch in opened.iter_rejects(columns):
+        for reason in pc.unique(batch["reason"]).to_pylist():
+            mine = found.setdefault(reason, [])
+            more = batch.filter(pc.equal(batch["reason"], reason)).slice(0, REJECTS - len(mine))
+            mine += zip(*(more[name].to_pylist() for name in columns), strict=True)
+    return [row for reason in sorted(found) for row in found[reason][: max(1, REJECTS // len(found))]]
 
 
 Asked = tuple[tuple[str, str, str], list[Answer | None]]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -21,10 +22,11 @@ from manifests.errors import AsvrError, VerificationFailed
 from manifests.geometry import content_mask, make_views
 from manifests.images import ImageSource, read_image
 from manifests.reader import OpenManifest
-from manifests.rows import ShardRow, read_rows, source_of
+from manifests.rows import ShardRow, find_places, read_rows, source_of
 from manifests.schema import Geometry
-from manifests.shards import list_values, shard_schema, value_column
+from manifests.shards import INDEX_SCHEMA, list_values, shard_schema, value_column
 from manifests.storage import Store
+from manifests.table_reader import rows_at
 
 EDGE = 224
 """Largest edge at which pictures are kept and shown."""
@@ -58,17 +60,28 @@ class Card:
 
 def choose_images(opened: OpenManifest, count: int, first: Sequence[str] = ()) -> list[str]:
     """At most `count` image ids: those of `first` that the set has, then images evenly spaced over the index."""
-    ids = opened.index()["image_id"]
     wanted = list(dict.fromkeys(first))
-    present = set(ids.filter(pa.compute.is_in(ids, value_set=pa.array(wanted, pa.string()))).to_pylist())
+    present = _present(opened, wanted)
     chosen = [name for name in wanted if name in present][:count]
-    spaced = np.unique(np.linspace(0, max(0, len(ids) - 1), min(count, len(ids))).round().astype(np.int64))
-    for name in ids.take(pa.array(spaced)).to_pylist() if len(ids) else []:
+    rows = opened.manifest.index.rows
+    spaced = np.unique(np.linspace(0, max(0, rows - 1), min(count, rows)).round().astype(np.int64))
+    schema = pa.schema([INDEX_SCHEMA.field("image_id")])
+    for name in rows_at(opened.iter_index(["image_id"]), spaced, schema)["image_id"].to_pylist():
         if len(chosen) >= count:
             break
         if name not in present:
             chosen.append(name)
     return chosen
+
+
+def _present(opened: OpenManifest, names: Sequence[str]) -> set[str]:
+    """Those of some images that the set has."""
+    found: set[str] = set()
+    if names:
+        wanted = pa.array(names, pa.string())
+        for batch in opened.iter_index(["image_id"]):
+            found.update(batch.filter(pc.is_in(batch["image_id"], value_set=wanted))["image_id"].to_pylist())
+    return found
 
 
 def read_cards(
@@ -79,10 +92,11 @@ def read_cards(
     Raises `VerificationFailed` for a damaged shard.
     """
     cards: list[Card] = []
+    places = find_places(opened, image_ids)
     reader = PictureReader(opened)
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(image_ids), AT_ONCE):
-            rows = read_rows(opened, image_ids[start : start + AT_ONCE])
+            rows = read_rows(opened, places[start : start + AT_ONCE])
             pictures = list(pool.map(reader.first_view, rows))
             cards += [_card(opened, row, *picture) for row, picture in zip(rows, pictures, strict=True)]
             if progress:

@@ -6,8 +6,9 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from manifests.decode import Reject
 from manifests.errors import InputError
 from manifests.geometry import make_views
 from manifests.reader import OpenManifest, open_manifest
-from manifests.rows import ShardRow, read_rows
+from manifests.rows import Place, ShardRow, read_rows
 from manifests.storage import Store, is_url
 from pipeline.console import plain, write_json, write_line, write_table
 from pipeline.report.colours import code_colours, draw_sheet
@@ -61,40 +62,49 @@ def inspect_image(image: str, out: str, *, as_json: bool, png: Path | None) -> N
 
 def find_image(opened: OpenManifest, image: str) -> Inspected:
     """The image with this id, or with the bytes of this local file. InputError says why there is none."""
-    index = opened.index()
-    at = pc.index(index["image_id"], pa.scalar(image, pa.string())).as_py() if _is_text(image) else -1
-    if at < 0:
-        at = _by_content(opened, image)
-    sha256 = index["sha256"][at]
-    copies = index.filter(pc.equal(index["sha256"], sha256))["image_id"].to_pylist()
-    image_id = index["image_id"][at].as_py()
-    (row,) = read_rows(opened, [image_id])
-    others = [name for name in copies if name != image_id]
-    return Inspected(opened, row, codes_of(opened, row), boxes_of(row), others)
+    opened.check_index()  # of a damaged set nothing else is said
+    row = _first(opened, "image_id", image) if _is_text(image) else None
+    row = row or _by_content(opened, image)
+    (found,) = read_rows(opened, [Place(row["shard"], row["row"])])
+    copies = _ids(opened, lambda batch: pc.equal(batch["sha256"], row["sha256"]))
+    others = [name for name in copies if name != row["image_id"]]
+    return Inspected(opened, found, codes_of(opened, found), boxes_of(found), others)
 
 
-def _by_content(opened: OpenManifest, image: str) -> int:
-    path, index = Path(image), opened.index()
+def _by_content(opened: OpenManifest, image: str) -> dict[str, Any]:
+    """The row of the index whose sha256 is that of a local file."""
+    path = Path(image)
     if not is_url(image) and "\0" not in image and len(image) < os.pathconf("/", "PC_PATH_MAX") and path.is_file():
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        at = int(pc.index(index["sha256"], pa.scalar(sha256)).as_py())
-        if at >= 0:
-            return at
+        if row := _first(opened, "sha256", sha256):
+            return row
         raise InputError(
             f"no image of {opened.folder} has the bytes of {image}: it was not tokenized, or has changed since"
         )
     if not _is_text(image):
         raise InputError(f"{image!r} is no image of {opened.folder}, and cannot be: it is not UTF-8")
-    rejects = opened.rejects()
-    refused = rejects.filter(pc.equal(rejects["image_id"], image)).to_pylist()
-    if refused:
-        raise InputError(f"{image} has no codes: it was rejected as {refused[0]['reason']} ({refused[0]['message']})")
-    near = index.filter(pc.match_substring(index["image_id"], Path(image).name or image))["image_id"].slice(0, 3)
-    hint = (
-        f"did you mean {' or '.join(near.to_pylist())}?" if len(near) else "give an image id, or a file with its bytes"
-    )
+    for batch in opened.iter_rejects(["image_id", "reason", "message"]):
+        for refused in batch.filter(pc.equal(batch["image_id"], image)).to_pylist():
+            raise InputError(f"{image} has no codes: it was rejected as {refused['reason']} ({refused['message']})")
+    text = Path(image).name or image
+    near = list(islice(_ids(opened, lambda batch: pc.match_substring(batch["image_id"], text)), 3))
+    hint = f"did you mean {' or '.join(near)}?" if near else "give an image id, or a file with its bytes"
     raise InputError(f"{opened.folder} has no image {image}: {hint}")
+
+
+def _first(opened: OpenManifest, column: str, value: str) -> dict[str, Any] | None:
+    """The first row of the index with this value in a column; the rest is not read."""
+    for batch in opened.iter_index(["image_id", "sha256", "shard", "row"]):
+        for row in batch.filter(pc.equal(batch[column], value)).slice(0, 1).to_pylist():
+            return dict(row)
+    return None
+
+
+def _ids(opened: OpenManifest, mask: Callable[[pa.RecordBatch], pa.Array]) -> Iterator[str]:
+    """The ids of the images for which `mask` is true of their id and sha256, as they are come upon."""
+    for batch in opened.iter_index(["image_id", "sha256"]):
+        yield from batch.filter(mask(batch))["image_id"].to_pylist()
 
 
 def _is_text(value: str) -> bool:

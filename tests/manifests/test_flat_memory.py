@@ -12,17 +12,25 @@ import pyarrow as pa
 import pytest
 from made_sets import assemble, commit_unit, make_set
 
+from manifests.errors import InputError
 from manifests.forget import forget_images
 from manifests.garbage import collect_garbage
 from manifests.reader import load_manifest, open_manifest
 from manifests.rebuild import rebuild
+from manifests.rows import Place, find_places
 from manifests.schema import MANIFEST_NAME
 from manifests.storage import Store
 from manifests.verify import verify
+from pipeline.report.gallery import choose_images
+from pipeline.report.inspect import find_image
+from tokenize_stage.recompute import _draw, _sample
 from tokenize_stage.retry_rejects import _ok_now
 
 UNITS, ROWS = 120, 100
 PART = 1 / 3
+
+POOLS: list[pa.MemoryPool] = []
+"""What was allocated of a pool must not outlive it."""
 
 
 def name(number: int) -> str:
@@ -52,6 +60,7 @@ def holds_a_part_of(folder: Path) -> Iterator[None]:
     whole = open_manifest(folder).index().nbytes
     usual = pa.default_memory_pool()
     pool = pa.proxy_memory_pool(usual)
+    POOLS.append(pool)
     pa.set_memory_pool(pool)
     try:
         yield
@@ -100,6 +109,35 @@ def test_counting_recovered_rejects(tmp_path: Path) -> None:
     large_set(tmp_path)
     with holds_a_part_of(tmp_path):
         assert _ok_now(load_manifest(tmp_path), pa.chunked_array([[name(1), name(2), "absent", name(0)]])) == 2
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_choosing_and_finding_images_to_show(tmp_path: Path) -> None:
+    large_set(tmp_path)
+    opened = open_manifest(tmp_path)
+    with holds_a_part_of(tmp_path):
+        chosen = choose_images(opened, 5, ["absent", name(7)])
+        places = find_places(opened, chosen)
+    last = UNITS * ROWS - 1
+    assert chosen[:2] == [name(7), name(0)]
+    assert places[:2] == [Place(0, 6), Place(0, 0)]  # of each unit the second image is a reject
+    with holds_a_part_of(tmp_path):
+        assert find_image(opened, name(last)).row.row == ROWS - 2
+        with pytest.raises(InputError, match="did you mean 000000/"):
+            find_image(opened, f"{'x' * 200}.jpg")
+        with pytest.raises(InputError, match="was rejected as corrupt"):
+            find_image(opened, name(1))
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_the_sample_of_a_recomputation(tmp_path: Path) -> None:
+    large_set(tmp_path)
+    opened = open_manifest(tmp_path)
+    with holds_a_part_of(tmp_path):
+        sampled, _ = _sample(opened, _draw(opened, 20, seed=0))
+    assert len(sampled) == 20
+    for image, codes in zip(sampled, opened.read_codes([image.image_id for image in sampled]), strict=True):
+        assert (image.values_VPX == codes).all()
 
 
 def peak(call: Callable[[], object]) -> int:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from manifests.errors import InputError, VerificationFailed
 from manifests.reader import open_manifest
-from manifests.rows import read_rows, source_of
+from manifests.rows import find_places, read_rows, source_of
 from manifests.schema import FeaturesSpec, SourceIdentity
 from manifests.storage import Store
 from pipeline.report import page as pages
@@ -194,11 +194,11 @@ def test_rows_are_those_of_the_images_asked_for(token_set: Path) -> None:
     opened = open_manifest(token_set)
     ids = opened.index()["image_id"].to_pylist()
     asked = [ids[149], ids[0], ids[70], ids[0]]
-    rows = read_rows(opened, asked)
+    rows = read_rows(opened, find_places(opened, asked))
     assert [row.values["image_id"][0].as_py() for row in rows] == asked
     assert [(row.shard.unit, row.row) for row in rows] == [("u000002", 21), ("u000000", 0), ("u000001", 6), ("u000000", 0)]  # fmt: skip
     with pytest.raises(KeyError):
-        read_rows(opened, ["nothing"])
+        find_places(opened, ["nothing"])
 
 
 def test_the_source_of_a_unit_is_found_through_merges_and_filters() -> None:
