@@ -13,9 +13,13 @@ import pyarrow.compute as pc
 from manifests.derived import Progress, begin_derived, choose, copy_unit, described, finished_set, header_of, publish
 from manifests.errors import InputError
 from manifests.fingerprint import digest
+from manifests.id_index import IdIndex
+from manifests.reader import OpenManifest
+from manifests.repeated_ids import columns_of
 from manifests.schema import Manifest, SourceIdentity
+from manifests.shards import INDEX_SCHEMA
 from manifests.storage import Store
-from manifests.where import where
+from manifests.where import COLUMNS, where
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,8 @@ def filter_set(location: str | Path, choice: Choice, store: Store, *, progress: 
     one = finished_set(location)
     if one.location == store.location:
         raise InputError(f"{one.location} is also the output: choose an empty folder")
-    index, rejects = one.opened.index(), one.opened.rejects()
-    ok, rejected = _chosen(index["image_id"], choice), _chosen(rejects["image_id"], choice)
-    if choice.condition is not None:
-        ok &= where(choice.condition, index)
-        rejected[:] = False
+    names = _Names(choice)
+    ok, rejected = _masks(one.opened, names, choice.condition)
     if not ok.any() and not rejected.any():
         raise InputError(f"no image of {one.location} is left: loosen the filter")
     settings = {
@@ -71,26 +72,61 @@ def filter_set(location: str | Path, choice: Choice, store: Store, *, progress: 
                 progress(done, len(one.units))
         source = SourceIdentity(kind="filter", location=one.opened.manifest.source.location, settings=settings)
         manifest = publish(store, header_of(one.opened, source=source), units)
-    return FilterReport(manifest, _absent(choice, index["image_id"], rejects["image_id"]))
+    return FilterReport(manifest, names.absent)
 
 
-def _chosen(ids: pa.ChunkedArray, choice: Choice) -> npt.NDArray[np.bool_]:
-    keep = np.ones(len(ids), bool)
-    if choice.ids is not None:
-        keep &= np.asarray(pc.is_in(ids, value_set=choice.ids).to_pylist(), bool)
-    if choice.exclude is not None:
-        keep &= ~np.asarray(pc.is_in(ids, value_set=choice.exclude).to_pylist(), bool)
-    return keep
+def _masks(
+    opened: OpenManifest, names: _Names, condition: str | None
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which rows of the index and which of the rejects stay, from one pass over each: a byte for each image."""
+    columns = ["image_id"] if condition is None else COLUMNS
+    index, rejects = opened.iter_index(columns), opened.iter_rejects(["image_id"])
+    if condition is not None:  # what is no condition is refused though there be no row
+        where(condition, pa.schema([INDEX_SCHEMA.field(name) for name in columns]).empty_table())
+    ok, rejected = [np.empty(0, bool)], [np.empty(0, bool)]
+    for batch in index:
+        table = pa.Table.from_batches([batch])
+        keep = names.keep(table["image_id"])
+        ok.append(keep if condition is None else keep & where(condition, table))
+    for ids in columns_of(rejects):
+        keep = names.keep(ids)
+        rejected.append(keep if condition is None else np.zeros(len(ids), bool))
+    return np.concatenate(ok), np.concatenate(rejected)
 
 
-def _absent(choice: Choice, ok: pa.ChunkedArray, rejected: pa.ChunkedArray) -> int:
-    """How many of the ids asked for are neither ok nor rejected."""
-    asked = [ids for ids in (choice.ids, choice.exclude) if ids is not None]
-    if not asked:
-        return 0
-    distinct = pc.unique(pa.concat_arrays(asked))
-    known = pc.or_(pc.is_in(distinct, value_set=ok), pc.is_in(distinct, value_set=rejected))
-    return len(distinct) - int(pc.sum(known).as_py() or 0)
+class _Names:
+    """The ids that a choice names, in 20 bytes each beside themselves; those of the set are looked up among them."""
+
+    def __init__(self, choice: Choice) -> None:
+        lists = [ids for ids in (choice.ids, choice.exclude) if ids is not None]
+        distinct = pc.unique(pa.concat_arrays([pa.array([], pa.string()), *lists]))
+        named = distinct.drop_null()
+        self._count = len(distinct)
+        self._index = IdIndex(pa.chunked_array([named]))
+        self._others = choice.ids is None
+        self._stays = np.ones(len(named), bool) if choice.ids is None else _among(named, choice.ids)
+        if choice.exclude is not None:
+            self._stays &= ~_among(named, choice.exclude)
+        self._seen = np.zeros(len(named), bool)
+
+    def keep(self, ids: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+        """Which of some ids of the set stay."""
+        keep = np.full(len(ids), self._others)
+        if len(self._seen):
+            places = self._index.find(ids)
+            named = places >= 0
+            keep[named] = self._stays[places[named]]
+            self._seen[places[named]] = True
+        return keep
+
+    @property
+    def absent(self) -> int:
+        """How many of the ids asked for did not come by."""
+        return self._count - int(self._seen.sum())
+
+
+def _among(names: pa.Array, ids: pa.Array) -> npt.NDArray[np.bool_]:
+    return np.asarray(pc.is_in(names, value_set=ids).to_pylist(), bool)
 
 
 def _digest(ids: pa.Array | None) -> str | None:

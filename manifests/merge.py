@@ -7,7 +7,7 @@ An image that stands in several sets is kept once, as the first of them has it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,16 @@ from manifests.derived import (
 )
 from manifests.errors import InputError
 from manifests.fingerprint import check_same
+from manifests.id_index import IdIndex
+from manifests.reader import OpenManifest
+from manifests.repeated_ids import Hashes, RepeatedIds, columns_of, have_hash
 from manifests.schema import Manifest, SourceIdentity
+from manifests.shards import INDEX_SCHEMA, REJECTS_SCHEMA
 from manifests.storage import Store
 
 COMPARED_AT_ONCE = 4_096
+
+_PLACE_COLUMNS = ["image_id", "sha256", "shard", "row"]
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,7 @@ def merge_sets(inputs: Sequence[str | Path], store: Store, *, progress: Progress
         begin_derived(store, description)
         units: list[str] = []
         for number, one in enumerate(sets):
-            ok, rejected = (
-                ~_among(table["image_id"], dropped[number]) for table in (one.opened.index(), one.opened.rejects())
-            )
-            for record, keep in choose(one, ok, rejected):
+            for record, keep in choose(one, *_staying(one.opened, dropped[number])):
                 if copy_unit(one, record, keep, store, f"{number}.{record.unit}"):
                     units.append(f"{number}.{record.unit}")
                 if progress:
@@ -84,66 +87,110 @@ def merge_sets(inputs: Sequence[str | Path], store: Store, *, progress: Progress
     return MergeReport(manifest, sum(len(ids) for ids in dropped))
 
 
-def _duplicates(sets: Sequence[FinishedSet]) -> list[pa.Array]:
+@dataclass(frozen=True)
+class _Shared:
+    """What of a set may stand in another one too: the images whose id has a hash that came more than once.
+
+    `ok` has id, bytes and place of those in the index, `places` finds their rows in it.
+    """
+
+    one: FinishedSet
+    ok: pa.Table
+    places: IdIndex
+    rejected: pa.ChunkedArray
+
+
+def _duplicates(sets: Sequence[FinishedSet]) -> list[pa.ChunkedArray]:
     """For each set the image ids that it must not bring along, because another set has them."""
-    ok = [one.opened.index()["image_id"] for one in sets]
-    rejected = [one.opened.rejects()["image_id"] for one in sets]
-    dropped: list[list[pa.Array]] = [[] for _ in sets]
-    for later in range(1, len(sets)):
+    shared = _shared(sets)
+    dropped: list[list[pa.ChunkedArray]] = [[] for _ in sets]
+    for later in range(1, len(shared)):
         for earlier in range(later):
-            twice = _both(_without(ok[later], dropped[later]), _without(ok[earlier], dropped[earlier]))
-            _refuse_disagreement(sets[earlier], sets[later], twice)
+            mine, others = shared[later], shared[earlier]
+            twice = _both(
+                _without(mine.ok["image_id"], dropped[later]), _without(others.ok["image_id"], dropped[earlier])
+            )
+            _refuse_disagreement(others, mine, twice)
             dropped[later].append(twice)
-            dropped[later].append(_both(_without(rejected[later], dropped[later]), ok[earlier]))
-            dropped[later].append(_both(_without(rejected[later], dropped[later]), rejected[earlier]))
-            dropped[earlier].append(_both(_without(rejected[earlier], dropped[earlier]), ok[later]))
-    return [pa.concat_arrays([pa.array([], pa.string()), *parts]) for parts in dropped]
+            dropped[later].append(_both(_without(mine.rejected, dropped[later]), others.ok["image_id"]))
+            dropped[later].append(_both(_without(mine.rejected, dropped[later]), others.rejected))
+            dropped[earlier].append(_both(_without(others.rejected, dropped[earlier]), mine.ok["image_id"]))
+    return [pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string()) for parts in dropped]
 
 
-def _among(ids: pa.ChunkedArray, chosen: pa.Array) -> npt.NDArray[np.bool_]:
-    """Which of `ids` are among `chosen`."""
-    return np.asarray(pc.is_in(ids, value_set=chosen).to_pylist(), bool)
+def _shared(sets: Sequence[FinishedSet]) -> list[_Shared]:
+    """What the sets may share; nothing of any where no hash came twice, as is usual: then 8 bytes an image were held."""
+    repeated = RepeatedIds()
+    for readings in ([one.opened.iter_index for one in sets], [one.opened.iter_rejects for one in sets]):
+        for read in readings:
+            for ids in columns_of(read(["image_id"])):
+                repeated.add(ids)
+    hashes = repeated.hashes()
+    if not len(hashes):
+        return []
+    found = []
+    for one in sets:
+        ok = _suspects(one.opened.iter_index(_PLACE_COLUMNS), hashes, INDEX_SCHEMA, _PLACE_COLUMNS)
+        rejected = _suspects(one.opened.iter_rejects(["image_id"]), hashes, REJECTS_SCHEMA, ["image_id"])
+        found.append(_Shared(one, ok, IdIndex(ok["image_id"]), rejected["image_id"]))
+    return found
 
 
-def _both(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays([pa.array([], pa.string()), *left.filter(pc.is_in(left, value_set=right)).chunks])
+def _suspects(batches: Iterator[pa.RecordBatch], hashes: Hashes, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    parts = [batch.filter(pa.array(have_hash(pa.chunked_array([batch.column(0)]), hashes))) for batch in batches]
+    return pa.Table.from_batches(parts, pa.schema([schema.field(name) for name in columns])).combine_chunks()
 
 
-def _without(ids: pa.ChunkedArray, gone: Sequence[pa.Array]) -> pa.ChunkedArray:
+def _staying(opened: OpenManifest, dropped: pa.ChunkedArray) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which rows of the index and which of the rejects are not dropped: a byte for each image."""
+    manifest = opened.manifest
+    if not len(dropped):
+        return np.ones(manifest.index.rows, bool), np.ones(manifest.rejects.rows, bool)
+    index = IdIndex(dropped)
+    ok, rejected = (
+        np.concatenate([np.empty(0, bool), *(index.find(ids) < 0 for ids in columns_of(read(["image_id"])))])
+        for read in (opened.iter_index, opened.iter_rejects)
+    )
+    return ok, rejected
+
+
+def _both(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
+    return left.filter(pc.is_in(left, value_set=right))
+
+
+def _without(ids: pa.ChunkedArray, gone: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
     for part in gone:
         if len(part):
             ids = ids.filter(pc.invert(pc.is_in(ids, value_set=part)))
     return ids
 
 
-def _refuse_disagreement(left: FinishedSet, right: FinishedSet, ids: pa.Array) -> None:
+def _refuse_disagreement(left: _Shared, right: _Shared, ids: pa.ChunkedArray) -> None:
     """Both sets must say the same of images that both hold."""
+    sets = (left, right)
+    places = [shared.places.find(ids) for shared in sets]
     for start in range(0, len(ids), COMPARED_AT_ONCE):
         names: list[str] = ids.slice(start, COMPARED_AT_ONCE).to_pylist()
-        bytes_of = [_sha256(one, names) for one in (left, right)]
-        values = [_values(one, names) for one in (left, right)]
+        rows = [
+            shared.ok.take(pa.array(at[start : start + COMPARED_AT_ONCE]))
+            for shared, at in zip(sets, places, strict=True)
+        ]
+        bytes_of = [table["sha256"].to_pylist() for table in rows]
+        values = [
+            shared.one.opened.values_at(table["shard"].to_numpy(), table["row"].to_numpy())
+            for shared, table in zip(sets, rows, strict=True)
+        ]
         for name, *hashes, one, other in zip(names, *bytes_of, *values, strict=True):
             if hashes[0] != hashes[1]:
                 raise InputError(
-                    f"{left.location} and {right.location} both hold {name!r}, with different bytes: "
+                    f"{left.one.location} and {right.one.location} both hold {name!r}, with different bytes: "
                     "filter it out of one of them first (asvr manifest filter --exclude-ids)"
                 )
             if not np.array_equal(one, other):
                 raise InputError(
-                    f"{left.location} and {right.location} hold different {left.opened.manifest.kind} of {name!r}: "
-                    "filter it out of one of them first (asvr manifest filter --exclude-ids)"
+                    f"{left.one.location} and {right.one.location} hold different {left.one.opened.manifest.kind} of "
+                    f"{name!r}: filter it out of one of them first (asvr manifest filter --exclude-ids)"
                 )
-
-
-def _sha256(one: FinishedSet, names: list[str]) -> list[str]:
-    index = one.opened.index()
-    found: list[str] = index["sha256"].take(pc.index_in(pa.array(names), value_set=index["image_id"])).to_pylist()
-    return found
-
-
-def _values(one: FinishedSet, names: list[str]) -> Sequence[npt.NDArray[Any]]:
-    opened = one.opened
-    return opened.read_codes(names) if opened.manifest.tokenizer else opened.read_features(names)
 
 
 def _common(sources: Sequence[dict[str, Any]]) -> str:
