@@ -32,9 +32,10 @@ class IdIndex:
 
     def find(self, wanted: pa.ChunkedArray) -> Rows:
         """For each of `wanted` its place among the ids, or -1."""
-        end = self._next + len(wanted)
-        if end <= len(self._ids) and self._ids.slice(self._next, len(wanted)).equals(wanted):
-            found = np.arange(self._next, end)
+        start = self._next  # looked at once: another thread may be asking too
+        end = start + len(wanted)
+        if end <= len(self._ids) and self._ids.slice(start, len(wanted)).equals(wanted):
+            found = np.arange(start, end)
         else:
             chunks = [self._look_up(piece) for chunk in wanted.chunks for piece in pieces(chunk)]
             found = np.concatenate(chunks) if chunks else np.empty(0, np.int64)

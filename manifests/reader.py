@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import zstandard
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,6 +23,7 @@ from manifests.codebook import decode_codebooks
 from manifests.documents import decompress, first_problem
 from manifests.entries import check_entry, read_entry, shard_problems
 from manifests.errors import InputError, VerificationFailed
+from manifests.id_index import IdIndex
 from manifests.schema import (
     MANIFEST_NAME,
     FeaturesSpec,
@@ -102,8 +102,8 @@ class OpenManifest:
     def read_codes(self, image_ids: Sequence[str]) -> list[npt.NDArray[np.unsignedinteger[Any]]]:
         """The codes (V, P, D) of some images, in the order asked; `InputError` names an image the set lacks.
 
-        Ask for many at a time: each call looks through the whole index, and a shard's row group is decoded once
-        for all the images in it. A set of features is an `InputError`.
+        The first call reads the whole index and keeps it. Ask for many at a time: a shard's row group is decoded once for
+        all the images in it. A set of features is an `InputError`.
         """
         _ = self.tokenizer
         return self._read(image_ids, "codes")
@@ -118,15 +118,13 @@ class OpenManifest:
         return [column.widened(stored) for stored in self._read(image_ids, "features")]
 
     def _read(self, image_ids: Sequence[str], kind: Kind) -> list[npt.NDArray[Any]]:
-        wanted = pa.array(image_ids, pa.string())
-        places = pc.index_in(wanted, value_set=self._index["image_id"])
-        if places.null_count:
-            absent = wanted.filter(pc.is_null(places))
+        at = self._places.find(pa.chunked_array([image_ids], pa.string()))
+        absent = np.flatnonzero(at < 0)
+        if len(absent):
             raise InputError(
-                f"{self.folder} has no {kind} of {absent[0].as_py()!r} ({len(absent)} such images): "
+                f"{self.folder} has no {kind} of {image_ids[absent[0]]!r} ({len(absent)} such images): "
                 "tokenize the images first, or see its rejects"
             )
-        at = places.to_numpy(zero_copy_only=False)
         return self._stored_at(self._index["shard"].to_numpy()[at], self._index["row"].to_numpy()[at])
 
     def values_at(self, ordinals: npt.NDArray[np.int32], rows: npt.NDArray[np.int32]) -> list[npt.NDArray[Any]]:
@@ -175,6 +173,10 @@ class OpenManifest:
             raise self._no_index()
         self._check_ordinals(table["shard"].to_numpy())
         return table
+
+    @cached_property
+    def _places(self) -> IdIndex:
+        return IdIndex(self._index["image_id"])
 
     @cached_property
     def _index_is_whole(self) -> bool:
