@@ -31,15 +31,18 @@ def give_own_decays(optimizer: torch.optim.Optimizer, decays: Sequence[float]) -
         group["weight_decay"] = decay
 
 
-def forget(model: nn.Module) -> None:
-    """Take a ZeRO-3 model, whose engine is done, out of what lives as long as the process: a stack and a method's cache.
+def leave_nothing(model: nn.Module) -> None:
+    """After a ZeRO-3 engine is done: undo what it has changed for as long as the process lives.
 
-    They would keep its weights in memory for the phases after it.
+    A stack and a method's cache would keep the weights of `model` in memory for the phases after it. And every linear
+    layer, also of models that ZeRO-3 never had, would add its bias in a step of its own, which rounds bfloat16 twice.
     """
     from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patched
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not model]
     instrumented = Coordinator._PartitionedParameterCoordinator__params_to_release
     inspect.getclosurevars(instrumented).nonlocals["func"].cache_clear()
+    nn.functional.linear = getattr(Patched, "linear_bk", nn.functional.linear)

@@ -196,7 +196,7 @@ class Engine:
         """Let go of the model and of DeepSpeed's buffers."""
         self._engine.destroy()
         if self._stage == 3:
-            repairs.forget(self.model)
+            repairs.leave_nothing(self.model)
 
     def save(self, folder: Path) -> None:
         """Write what DeepSpeed needs to go on below `folder`, frozen weights left out. Collective.
