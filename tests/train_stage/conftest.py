@@ -29,11 +29,19 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums are split by threads: losses of one process are compared with those of several, which have one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """This process as the only rank. One for the session: DeepSpeed does not let a process join a second time."""
     prepare_environment()
-    torch.set_num_threads(1)
     yield join_ranks(60)
     leave_ranks()
 
