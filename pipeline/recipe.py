@@ -205,7 +205,7 @@ def _parse(file: FilePath, extending: tuple[FilePath, ...] = ()) -> Marked:
     if base in (file, *extending):
         raise RecipeError(f"{where}: extends: {name} extends itself in the end")
     if not base.is_file():
-        raise RecipeError(f"{where}: extends: there is no recipe {short(str(base))}")
+        raise RecipeError(f"{where}: extends: there is no recipe {short(name)} beside it")
     return put_all(_parse(base, (file, *extending)), marked, str(file))
 
 
