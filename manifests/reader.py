@@ -34,7 +34,7 @@ from manifests.schema import (
     TokenizerSpec,
 )
 from manifests.shard_reader import UNREADABLE, damaged, open_shard, read_parquet, read_shard
-from manifests.shards import INDEX_SCHEMA, list_values, shard_schema, value_column
+from manifests.shards import INDEX_SCHEMA, REJECTS_SCHEMA, list_values, shard_schema, value_column
 from manifests.storage import Store, is_url
 from manifests.table_reader import iter_rows
 from manifests.versions import MANIFEST_UPGRADES, parsed
@@ -97,7 +97,10 @@ class OpenManifest:
 
     def rejects(self) -> pa.Table:
         """One row per rejected image, with the columns of `REJECTS_SCHEMA`."""
-        return self._table(self.manifest.rejects)
+        table = self._table(self.manifest.rejects)
+        if not table.schema.equals(REJECTS_SCHEMA):
+            raise self._no_rejects()
+        return table
 
     def read_codes(self, image_ids: Sequence[str]) -> list[npt.NDArray[np.unsignedinteger[Any]]]:
         """The codes (V, P, D) of some images, in the order asked; `InputError` names an image the set lacks.
@@ -154,7 +157,8 @@ class OpenManifest:
 
     def iter_rejects(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Some columns of the rejects, in batches and in their order, without holding them; their sha256 is checked first."""
-        check_entry(self.store, self.manifest.rejects)
+        if not self._file_has(self.manifest.rejects, REJECTS_SCHEMA):
+            raise self._no_rejects()
         return iter_rows(self.store, self.manifest.rejects.path, columns)
 
     def check_index(self) -> None:
@@ -180,12 +184,15 @@ class OpenManifest:
 
     @cached_property
     def _index_is_whole(self) -> bool:
-        entry = self.manifest.index
+        if not self._file_has(self.manifest.index, INDEX_SCHEMA):
+            raise self._no_index()
+        return True
+
+    def _file_has(self, entry: FileEntry, schema: pa.Schema) -> bool:
+        """Whether a file, whose sha256 is checked, has these columns."""
         check_entry(self.store, entry)
         with open_shard(self.store, entry.path) as file:
-            if not file.schema_arrow.equals(INDEX_SCHEMA):
-                raise self._no_index()
-        return True
+            return bool(file.schema_arrow.equals(schema))
 
     def _of_known_shards(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
@@ -199,6 +206,12 @@ class OpenManifest:
     def _no_index(self) -> VerificationFailed:
         return VerificationFailed(
             f"{self.store.where(self.manifest.index.path)} is not an index of the manifest's shards: "
+            "run the tokenize stage again to write it anew"
+        )
+
+    def _no_rejects(self) -> VerificationFailed:
+        return VerificationFailed(
+            f"{self.store.where(self.manifest.rejects.path)} does not have the columns of a rejects file: "
             "run the tokenize stage again to write it anew"
         )
 

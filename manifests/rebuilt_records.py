@@ -45,9 +45,10 @@ class FileTimes:
 
         Ask for shards in the order of the manifest's list.
         """
+        if self._rows is None:
+            return None
         try:
-            while self._rows:
-                listed = next(self._shards)
+            for listed in self._shards:
                 rows = self._rows.take(listed.rows)
                 if listed == shard:
                     return rows if rows["image_id"].equals(image_ids) else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
@@ -83,7 +83,7 @@ def head_bytes(head: VisualHead | ParallelHead, hidden_size: int, positions: int
     # Not the meta device: it would take the form of attention that keeps the scores.
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         own = {
-            name: torch.empty(tensor.shape, dtype=dtype, requires_grad=True)
+            name: torch.empty(tensor.shape, dtype=dtype, requires_grad=isinstance(tensor, nn.Parameter))
             for name, tensor in [*head.named_parameters(), *head.named_buffers()]
         }
         hidden_NH = torch.empty(positions, hidden_size, dtype=dtype, requires_grad=True)

@@ -143,6 +143,22 @@ def test_an_index_of_shards_that_do_not_exist_is_refused(tmp_path, ordinal):
             open_manifest(tmp_path).read_codes(["0/0.jpg"])
 
 
+def test_rejects_with_other_columns_are_refused(tmp_path):
+    entry = make_set(tmp_path).rejects
+    rejects = pq.read_table(tmp_path / entry.path)
+    numbers = pa.array(range(rejects.num_rows), pa.int64())
+    others = rejects.set_column(rejects.schema.get_field_index("image_id"), "image_id", numbers)
+    for table in (others, others.slice(0, 0), rejects.drop_columns("reason")):
+        pq.write_table(table, tmp_path / "rejects.parquet")
+        data = (tmp_path / "rejects.parquet").read_bytes()
+        named = {"path": "rejects.parquet", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        edit(tmp_path, rejects={**named, "rows": table.num_rows})
+        opened = open_manifest(tmp_path)
+        for read in (opened.rejects, lambda opened=opened: list(opened.iter_rejects(["image_id"]))):
+            with pytest.raises(VerificationFailed, match="does not have the columns of a rejects file"):
+                read()
+
+
 def test_a_codebook_larger_than_its_tensors_is_not_read(tmp_path):
     manifest = make_set(tmp_path)
     huge = tmp_path / manifest.codebook.path
