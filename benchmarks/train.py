@@ -6,17 +6,23 @@
 (a) LLaVA: text loss alone. (b) this project: codes tokenized before, samples packed, logits in chunks. (c) the reference
 way: the tokenizer in the loop, padded micro-batches, all logits at once. All with the same engine, optimizer and
 precision; each in a process of its own. The losses of the first step are compared: (b) and (c) do the same work.
+
+On a CPU the three take turns, step by step, and times are compared within a turn: a machine whose speed comes and goes
+is then as fast for all. A GPU has no room for three at once, so there one follows the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self, cast
 
 import torch
 
@@ -40,7 +46,7 @@ def main() -> None:
     parser.add_argument(
         "--row-tokens", type=int, default=4096, help="most tokens of a packed micro-batch of (a) and (b)"
     )
-    parser.add_argument("--steps", type=int, default=4, help="steps that are timed, after one that is not")
+    parser.add_argument("--steps", type=int, default=6, help="steps that are timed, after one that is not")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results there too")
@@ -53,24 +59,65 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         samples = Path(scratch) / "samples.pt"
         save_samples(samples, shape, options.batch_size * (options.steps + 1), device)
-        results = {name: measured(name, options, samples, device) for name in NAMES}
+        groups = [tuple(NAMES)] if device.type == "cpu" else [(name,) for name in NAMES]
+        results: dict[str, Result] = {}
+        for names in groups:
+            results |= measured(names, options, samples, device)
     report(shape, results)
     if options.json:
         options.json.write_text(json.dumps({"head": head.splitlines(), "results": results}, indent=2) + "\n")
 
 
-def measured(name: str, options: argparse.Namespace, samples: Path, device: torch.device) -> Result:
-    """What a contestant prints, in a process of its own."""
-    settings = {
-        "name": name, "shape": options.shape, "samples": str(samples), "batch_size": options.batch_size,
-        "padded": options.padded, "row_tokens": options.row_tokens, "threads": options.threads, "device": device.type,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.train_runs", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{NAMES[name]} failed:\n{done.stderr[-4000:]}")
-    result: Result = json.loads(done.stdout.splitlines()[-1])
-    return result
+class Contestant:
+    """A process that takes a step when it is told to."""
+
+    def __init__(self, name: str, options: argparse.Namespace, samples: Path, device: torch.device) -> None:
+        settings = {
+            "name": name, "shape": options.shape, "samples": str(samples), "batch_size": options.batch_size,
+            "padded": options.padded, "row_tokens": options.row_tokens, "threads": options.threads, "device": device.type,
+        }  # fmt: skip
+        self._name, self._log = name, samples.with_name(f"{name}.log")
+        with self._log.open("wb") as log:
+            command = [sys.executable, "-m", "benchmarks.train_runs", json.dumps(settings)]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # of no effect on one that has answered to "end"
+        self._process.communicate()
+
+    def tell(self, word: str) -> Any:
+        """Its answer to "step", the seconds that took, or to "end", what it found."""
+        try:
+            cast("IO[str]", self._process.stdin).write(f"{word}\n")
+            answer = cast("IO[str]", self._process.stdout).readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise SystemExit(f"{NAMES[self._name]} failed:\n{self._log.read_text(errors='replace')[-4000:]}")
+        return json.loads(answer)
+
+
+def measured(
+    names: tuple[str, ...], options: argparse.Namespace, samples: Path, device: torch.device
+) -> dict[str, Result]:
+    """What contestants find that are there at the same time and take turns, another one first in every turn."""
+    with ExitStack() as stack:
+        own = {name: stack.enter_context(Contestant(name, options, samples, device)) for name in names}
+        for turn in range(options.steps + 1):
+            first = turn % len(names)
+            seconds = {name: own[name].tell("step") for name in names[first:] + names[:first]}
+            print(f"turn {turn}: {', '.join(f'{NAMES[name]} {seconds[name]:.2f} s' for name in names)}", flush=True)
+        return {name: own[name].tell("end") for name in names}
+
+
+def ratio(over: Iterable[float], under: Iterable[float]) -> float:
+    """The median over the steps of what one took to what the other took for the same step."""
+    return statistics.median(mine / other for mine, other in zip(over, under, strict=True))
 
 
 def report(shape: Shape, results: dict[str, Result]) -> None:
@@ -84,12 +131,12 @@ def report(shape: Shape, results: dict[str, Result]) -> None:
     for name, own in results.items():
         mfu = f"{own['mfu']:.1%}" if own["mfu"] is not None else "-"
         print(
-            f"| {NAMES[name]} | {own['seconds']:.2f} | {own['seconds'] / text['seconds']:.2f} | "
+            f"| {NAMES[name]} | {statistics.median(own['seconds']):.2f} | {ratio(own['seconds'], text['seconds']):.2f} | "
             f"{own['memory'] / 2**20:,.0f} MiB | {own['memory'] / text['memory']:.2f} | {own['padding']:.1%} | "
             f"{own['flops'] / 1e12:.3f} | {mfu} |"
         )
     share = asvr["head_flops"] / text["flops"]
-    time = asvr["seconds"] / text["seconds"] - share
+    time = ratio(asvr["seconds"], text["seconds"]) - share
     memory = (asvr["memory"] - asvr["head_bytes"]) / text["memory"]
     print(
         f"\nThe head's own FLOPs are {share:.1%} of (a)'s; its parameters, gradients, optimizer state and codebook vectors "
@@ -97,7 +144,7 @@ def report(shape: Shape, results: dict[str, Result]) -> None:
         f"Time of (b) beyond the head's own FLOPs: {time:.3f} x (a), target {TIME_TARGET}: {_verdict(time <= TIME_TARGET)}.\n"
         f"Memory of (b) beyond the head's own: {memory:.3f} x (a), target {MEMORY_TARGET}: "
         f"{_verdict(memory <= MEMORY_TARGET)}.\n"
-        f"(b) against (c): {reference['seconds'] / asvr['seconds']:.2f} x faster, "
+        f"(b) against (c): {ratio(reference['seconds'], asvr['seconds']):.2f} x faster, "
         f"{reference['memory'] / asvr['memory']:.2f} x less memory.\n"
         f"Losses of the first step: text {text['text_loss']:.5f}, {asvr['text_loss']:.5f}, {reference['text_loss']:.5f}; "
         f"codes {asvr['visual_loss']:.5f}, {reference['visual_loss']:.5f}."

@@ -1,11 +1,15 @@
-"""The contestants of `benchmarks.train`, one a process: `python -m benchmarks.train_runs SETTINGS` prints a result as JSON."""
+"""The contestants of `benchmarks.train`, one a process: `python -m benchmarks.train_runs SETTINGS`.
+
+It answers every line "step" on its input by the seconds that a step took, and "end" by its result, as lines of JSON.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -227,8 +231,8 @@ def build(name: str, shape: Shape, device: torch.device) -> AsvrModel:
     return model
 
 
-def run(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train a step to warm up and the others by the clock."""
+def run(settings: dict[str, Any], answer: Callable[[Any], None]) -> None:
+    """Train a step to warm up and the others by the clock, each when it is asked for."""
     torch.set_num_threads(settings["threads"])
     name, shape = settings["name"], SHAPES[settings["shape"]]
     samples = torch.load(settings["samples"], weights_only=True)
@@ -245,19 +249,22 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     with PeakMemory(ranks.device) as peak:
         held = held_memory(ranks.device)
         for number, step in enumerate(steps):
+            _expect("step")
             collected = Collected(number + 1, _micro_batches(step, shape, settings), None, 0.0)
             done.append(train_step(engine, collected, terms=model.terms, learning_rate=1e-5, seed=SEED, epoch=0))
+            answer(done[-1].seconds)
     leave_ranks()
 
     work = [_work(step, shape) for step in steps[1:]]
     slots = sum(batch.input_ids.numel() for step in steps[1:] for batch in _micro_batches(step, shape, settings))
-    tokens, seconds = sum(own.tokens for own in work), statistics.median(own.seconds for own in done[1:])
+    tokens, seconds = sum(own.tokens for own in work), [own.seconds for own in done[1:]]
     needed, device = statistics.mean(map(flops, work)), ranks.device
     parameters = sum(p.numel() for p in model.objectives.parameters())
     vectors = sum(b.numel() * b.element_size() for b in model.objectives.buffers())
     # float32: parameter, gradient and Adam's two moments; bfloat16: a parameter beside all of these and a master.
     per_parameter = 16 if dtype == torch.float32 else 18
-    return {
+    _expect("end")
+    result = {
         "samples": size,
         "tokens": tokens // len(work),
         "views": sum(own.views for own in work) // len(work),
@@ -267,12 +274,18 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         "dtype": config.precision,
         "flops": needed,
         "head_flops": statistics.mean(map(flops.visual_head, work)),
-        "mfu": utilisation(needed, seconds, 1, Meter.of(flops, 1, device, config.precision).peak),
+        "mfu": utilisation(needed, statistics.median(seconds), 1, Meter.of(flops, 1, device, config.precision).peak),
         "head_parameters": parameters,
         "head_bytes": parameters * per_parameter + vectors,
         "text_loss": done[0].text_loss,
         "visual_loss": done[0].visual_loss,
     }
+    answer(result)
+
+
+def _expect(word: str) -> None:
+    if (line := sys.stdin.readline().strip()) != word:
+        raise SystemExit(f"expected {word!r}, got {line!r}")
 
 
 def _micro_batches(step: list[dict[str, Tensor]], shape: Shape, settings: dict[str, Any]) -> list[Batch]:
@@ -308,4 +321,6 @@ def _config(precision: str) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(run(json.loads(sys.argv[1]))) + "\n")
+    with os.fdopen(os.dup(1), "w", buffering=1) as answers:
+        os.dup2(2, 1)  # what libraries print is no answer
+        run(json.loads(sys.argv[1]), lambda found: print(json.dumps(found), file=answers))

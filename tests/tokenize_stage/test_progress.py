@@ -94,7 +94,7 @@ def test_status_of_a_job_that_runs(codebook: Path, tmp_path: Path) -> None:
     driver = start_driver(config)
     store = Store.open(tmp_path / "out")
     deadline = time.monotonic() + 60
-    while (live := read_progress(store)) is None or live.progress.done == 0:
+    while (live := read_progress(store)) is None or live.progress.eta is None:  # known from the second report on
         assert time.monotonic() < deadline
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.02)
