@@ -1,6 +1,7 @@
 """The contestants of `benchmarks.train`, one a process: `python -m benchmarks.train_runs SETTINGS`.
 
-It answers every line "step" on its input by the seconds that a step took, and "end" by its result, as lines of JSON.
+It answers every line "step" on its input by the seconds that a step took; and "end" by its result, after it has taken
+the largest step once more to see how much memory that needs. Answers are lines of JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from benchmarks.machine import PeakMemory, held_memory
+from benchmarks.machine import PeakMemory, held_memory, return_freed_memory
 from benchmarks.plain_search import PlainSearch
 from train_stage import tower
 from train_stage.batch import IGNORE, Batch, count_pairs, count_text_targets, dummy_view
@@ -33,6 +34,7 @@ from train_stage.flops import Work, utilisation
 from train_stage.loader import Collected
 from train_stage.loop import train_step
 from train_stage.losses import LossSums, TermSums
+from train_stage.memory import estimate
 from train_stage.metrics import Meter, StepMetrics
 from train_stage.model import AsvrModel
 from train_stage.objectives.codes import CodesObjective as CodesTerm
@@ -246,24 +248,29 @@ def run(settings: dict[str, Any], answer: Callable[[Any], None]) -> None:
     size = settings["batch_size"]
     steps = [samples[start : start + size] for start in range(0, len(samples), size)]
     done: list[StepMetrics] = []
+
+    def take(step: list[dict[str, Tensor]]) -> None:
+        collected = Collected(len(done) + 1, _micro_batches(step, shape, settings), None, 0.0)
+        done.append(train_step(engine, collected, terms=model.terms, learning_rate=1e-5, seed=SEED, epoch=0))
+
+    for step in steps:
+        _expect("step")
+        take(step)
+        answer(done[-1].seconds)
+    _expect("end")
+    return_freed_memory()
     with PeakMemory(ranks.device) as peak:
         held = held_memory(ranks.device)
-        for number, step in enumerate(steps):
-            _expect("step")
-            collected = Collected(number + 1, _micro_batches(step, shape, settings), None, 0.0)
-            done.append(train_step(engine, collected, terms=model.terms, learning_rate=1e-5, seed=SEED, epoch=0))
-            answer(done[-1].seconds)
+        take(max(steps, key=lambda step: _work(step, shape).tokens))
     leave_ranks()
 
     work = [_work(step, shape) for step in steps[1:]]
     slots = sum(batch.input_ids.numel() for step in steps[1:] for batch in _micro_batches(step, shape, settings))
-    tokens, seconds = sum(own.tokens for own in work), [own.seconds for own in done[1:]]
+    tokens, seconds = sum(own.tokens for own in work), [own.seconds for own in done[1 : len(steps)]]
     needed, device = statistics.mean(map(flops, work)), ranks.device
     parameters = sum(p.numel() for p in model.objectives.parameters())
     vectors = sum(b.numel() * b.element_size() for b in model.objectives.buffers())
-    # float32: parameter, gradient and Adam's two moments; bfloat16: a parameter beside all of these and a master.
-    per_parameter = 16 if dtype == torch.float32 else 18
-    _expect("end")
+    own = estimate(parameters, parameters, bytes_each=dtype.itemsize, stage=1, offload=False, gpus=1, activations=0)
     result = {
         "samples": size,
         "tokens": tokens // len(work),
@@ -276,7 +283,7 @@ def run(settings: dict[str, Any], answer: Callable[[Any], None]) -> None:
         "head_flops": statistics.mean(map(flops.visual_head, work)),
         "mfu": utilisation(needed, statistics.median(seconds), 1, Meter.of(flops, 1, device, config.precision).peak),
         "head_parameters": parameters,
-        "head_bytes": parameters * per_parameter + vectors,
+        "head_bytes": own.total + vectors,
         "text_loss": done[0].text_loss,
         "visual_loss": done[0].visual_loss,
     }
