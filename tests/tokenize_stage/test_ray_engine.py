@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
+import pyarrow as pa
 import pytest
 import ray
 from bad_inputs import make_bad_inputs
@@ -22,9 +24,13 @@ from ray.cluster_utils import Cluster
 from manifests.errors import EnvironmentProblem, FingerprintMismatch, StorageError
 from manifests.reader import open_manifest
 from tokenize_stage.config import Device, RayConfig
+from tokenize_stage.engines import ray_pool
+from tokenize_stage.engines.ray_pool import CROWDED_SECONDS, Member, WorkerPool
 from tokenize_stage.engines.room import WorkerSize, room_for, worker_device, worker_size, workers_wanted
 from tokenize_stage.job import run_job
+from tokenize_stage.order import WorkOrder
 from tokenize_stage.progress import JobProgress
+from tokenize_stage.units import Unit
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -185,6 +191,14 @@ def test_a_signal_ends_the_job_and_its_ray(codebook: Path, tmp_path: Path) -> No
         ({"decode": "cluster", "num_workers": 6}, [{"CPU": 4}], 9, 3),
         ({"decode": "cluster"}, [{"CPU": 8, "GPU": 8}, {"CPU": 32}], 99, 8),
         ({"decode": "cluster"}, [{"CPU": 8, "GPU": 8}], 99, 7),
+        ({"decode": "cluster", "num_workers": 8}, [{"CPU": 8, "GPU": 8}], 99, 7),  # an eighth would take the last core
+        ({"decode": "cluster", "num_workers": 16}, [{"CPU": 8, "GPU": 8}, {"CPU": 2}], 99, 16),  # these wait for a GPU
+        (
+            {"decode": "cluster", "num_workers": 6, "cpus_per_worker": 0.5},
+            [{"CPU": 2}, {"CPU": 2}],
+            99,
+            5,
+        ),  # not 3 and 3
         ({}, [], 9, 0),
     ],
 )
@@ -195,6 +209,25 @@ def test_the_pool_fits_the_cluster(
     size = worker_size(asked, nodes)
     assert workers_wanted(asked, size, nodes, units) == workers
     assert bool(room_for(size, nodes)) == bool(workers)
+
+
+def test_workers_make_way_where_a_lost_node_had_the_cores_to_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers hold both cores that are left: one of them goes, and its units are begun again first."""
+    stopped: list[str] = []
+    monkeypatch.setattr(ray_pool.ray, "kill", stopped.append)
+    units = [Unit(name, pa.table({})) for name in "abc"]
+    pool = WorkerPool(cast("WorkOrder", None), RayConfig(decode="cluster"), units)
+    for name in ("one", "two"):
+        pool._members.append(Member(name, None, units={name: pool._waiting.pop()}))
+    for now in (100.0, 101.0, 101.0 + CROWDED_SECONDS - 2):  # the loss of more of them may come to be known
+        pool._leave_cores(now, room=1)
+        assert stopped == []
+    pool._leave_cores(100.0 + CROWDED_SECONDS, room=1)
+    assert stopped == ["two"]
+    assert [member.actor for member in pool._members] == ["one"]
+    assert [pool._waiting.pop().name for _ in range(len(pool._waiting))] == ["b", "c"]
+    pool._leave_cores(200.0, room=1)
+    assert stopped == ["two"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tokenize_stage.config import RayConfig
 from tokenize_stage.engines.in_flight import Counts, OnRunning, Running
 from tokenize_stage.engines.ray import first_line
 from tokenize_stage.engines.ray_actor import UnitActor
-from tokenize_stage.engines.room import WorkerSize, no_room, worker_device, worker_size, workers_wanted
+from tokenize_stage.engines.room import WorkerSize, no_room, room_for, worker_device, worker_size, workers_wanted
 from tokenize_stage.order import WorkOrder
 from tokenize_stage.outcomes import UnitDone, UnitFailed
 from tokenize_stage.units import Unit
@@ -40,6 +40,9 @@ UNIT_RETRIES = 3
 TELL_SECONDS = 1.0
 LOOK_SECONDS = 5.0
 """How often the driver asks the cluster for its nodes."""
+
+CROWDED_SECONDS = 15.0
+"""How long workers may hold every core that decode tasks need: as long as Ray takes to notice that more of them are gone."""
 
 PATIENCE_SECONDS = 30.0
 """How often it says that no worker has started, because others use the cluster."""
@@ -100,6 +103,7 @@ class WorkerPool:
         self._shared_order: Any = None  # in Ray, once it is known what a worker reserves
         self._looked = self._told = self._patient = float("-inf")
         self._roomless_since: float | None = None
+        self._crowded_since: float | None = None
 
     def outcomes(self, on_running: OnRunning) -> Generator[Outcome, None, None]:
         """The outcomes of the units as they come. Raises what `run_on_ray` says."""
@@ -136,6 +140,20 @@ class WorkerPool:
         if missing > 0:
             _log.info("%d Ray workers with %s each", wanted, self._size)
             self._members += [self._new_member(self._size) for _ in range(missing)]
+        if self._size.decode_cores:
+            self._leave_cores(now, room_for(self._size, nodes))
+
+    def _leave_cores(self, now: float, room: int) -> None:
+        """Stop workers where a node was lost and they hold every core of the others: decode tasks would wait for ever."""
+        crowd = [member for member in self._members if member.starting is None][room:]
+        self._crowded_since = (self._crowded_since or now) if crowd else None
+        if self._crowded_since is None or now - self._crowded_since < CROWDED_SECONDS:
+            return
+        _log.warning("%d Ray workers are stopped: with a node lost no core was left to decode", len(crowd))
+        for member in crowd:
+            self._remove(member)
+            for unit in reversed(member.units.values()):
+                self._waiting.give_back(unit)
 
     def _have_patience(self, now: float, *, roomless: bool, started: bool, nodes: list[Any]) -> None:
         """Give up, or say what the job is waiting for."""

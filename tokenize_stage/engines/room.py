@@ -49,23 +49,21 @@ def worker_device(asked: Device, gpus: float) -> Device:
 
 
 def room_for(size: WorkerSize, nodes: Nodes) -> int:
-    """Workers for which there is room on all nodes together, with a core left to decode where workers need that."""
-    if not size.decode_cores:
-        return sum(_on_node(size, node) for node in nodes)
-    best = 0
-    for chosen, node in enumerate(nodes):  # the core that is left may be on any node: take the one that costs least
-        if node.get("CPU", 0) >= size.decode_cores:
-            left = {**node, "CPU": node["CPU"] - size.decode_cores}
-            best = max(best, sum(_on_node(size, left if n == chosen else other) for n, other in enumerate(nodes)))
-    return best
+    """Workers for which there is room on all nodes together: where they need that, so few that a core is left to decode
+    wherever Ray puts them.
+    """
+    room = sum(_on_node(size, node) for node in nodes)
+    if not size.decode_cores or _has_cores_to_spare(size, nodes):
+        return room
+    return min(room, max(0, sum(_to_fill(size, node) for node in nodes) - 1))
 
 
 def workers_wanted(config: RayConfig, size: WorkerSize, nodes: Nodes, units: int) -> int:
     """How many workers there should be now, at most one a unit; 0 where no node has room for any.
 
     A number that the configuration gives may be larger than what there is room for: Ray keeps the others waiting for
-    a node, which is how it asks an autoscaler for one. Only where workers without a GPU share their cores with decode
-    tasks, it may not, since they would take the last one of these.
+    a node, which is how it asks an autoscaler for one. Only where workers share their cores with decode tasks it may
+    not, unless some node always has cores left, since the others would take the last one of these.
     """
     room = room_for(size, nodes)
     if room == 0:
@@ -73,7 +71,7 @@ def workers_wanted(config: RayConfig, size: WorkerSize, nodes: Nodes, units: int
     if config.num_workers is None:
         by_node = sum(1 for node in nodes if _on_node(size, node))
         return min(room, units) if size.gpus else min(room, by_node, units)
-    waits = size.gpus or not size.decode_cores
+    waits = not size.decode_cores or _has_cores_to_spare(size, nodes)
     return min(config.num_workers if waits else min(config.num_workers, room), units)
 
 
@@ -99,3 +97,13 @@ def _on_node(size: WorkerSize, node: Mapping[str, float]) -> int:
     if size.memory:
         by_resource.append(math.floor(node.get("memory", 0) / size.memory))
     return min(by_resource)
+
+
+def _to_fill(size: WorkerSize, node: Mapping[str, float]) -> int:
+    """How many workers leave a node no core to decode."""
+    return max(0, math.floor((node.get("CPU", 0) - size.decode_cores) / size.cpus) + 1)
+
+
+def _has_cores_to_spare(size: WorkerSize, nodes: Nodes) -> bool:
+    """Whether on some node GPUs or memory are used up before its cores are."""
+    return any(_on_node(size, node) < _to_fill(size, node) for node in nodes)
