@@ -29,6 +29,7 @@ from manifests.cut import cut_unit
 from manifests.entries import read_entry
 from manifests.errors import InputError, VerificationFailed
 from manifests.fingerprint import canonical_json
+from manifests.forgotten import name_digest
 from manifests.reader import OpenManifest, load_manifest
 from manifests.redact import command_line
 from manifests.schema import Manifest, ShardEntry, SourceIdentity
@@ -84,9 +85,13 @@ def finished_set(location: str | Path) -> FinishedSet:
 
 
 def choose(
-    one: FinishedSet, ok: npt.NDArray[np.bool_], rejected: npt.NDArray[np.bool_]
+    one: FinishedSet, ok: npt.NDArray[np.bool_], rejected: npt.NDArray[np.bool_], forgotten: frozenset[str]
 ) -> Iterator[tuple[CommitRecord, npt.NDArray[np.bool_]]]:
-    """Each unit with the mask of its members that stay; `ok` is a mask of the index, `rejected` one of the rejects."""
+    """Each unit with the mask of its members that stay; `ok` is a mask of the index, `rejected` one of the rejects.
+
+    `forgotten`: digests of the images that the new set has forgotten, so that the command which made it does not bring
+    them back.
+    """
     at_ok = at_rejected = 0
     for record in one.records():
         names = {row.image_id for row in record.rejects}
@@ -96,6 +101,10 @@ def choose(
         keep[~failed] = ok[at_ok : at_ok + rows]
         keep[failed] = rejected[at_rejected : at_rejected + len(names)]
         at_ok, at_rejected = at_ok + rows, at_rejected + len(names)
+        if forgotten:
+            keep &= np.fromiter(
+                (name_digest(name) not in forgotten for name in record.members.image_id), bool, len(keep)
+            )
         yield record, keep
 
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from manifests.derived import Progress, begin_derived, choose, copy_unit, described, finished_set, header_of, publish
 from manifests.errors import InputError
 from manifests.fingerprint import digest
+from manifests.forgotten import forgotten_digests
 from manifests.id_index import IdIndex
 from manifests.reader import OpenManifest
 from manifests.repeated_ids import columns_of
@@ -65,7 +66,7 @@ def filter_set(location: str | Path, choice: Choice, store: Store, *, progress: 
     with store.lease("manifest filter"):
         begin_derived(store, {"verb": "filter", "input": given, "settings": settings})
         units = []
-        for done, (record, keep) in enumerate(choose(one, ok, rejected), 1):
+        for done, (record, keep) in enumerate(choose(one, ok, rejected, forgotten_digests(store)), 1):
             if copy_unit(one, record, keep, store, record.unit):
                 units.append(record.unit)
             if progress:

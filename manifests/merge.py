@@ -30,6 +30,7 @@ from manifests.derived import (
 )
 from manifests.errors import InputError
 from manifests.fingerprint import check_same
+from manifests.forgotten import forgotten_digests
 from manifests.id_index import IdIndex
 from manifests.reader import OpenManifest
 from manifests.repeated_ids import Hashes, RepeatedIds, columns_of, have_hash
@@ -75,8 +76,9 @@ def merge_sets(inputs: Sequence[str | Path], store: Store, *, progress: Progress
     with store.lease("manifest merge"):
         begin_derived(store, description)
         units: list[str] = []
+        forgotten = forgotten_digests(store)
         for number, one in enumerate(sets):
-            for record, keep in choose(one, *_staying(one.opened, dropped[number])):
+            for record, keep in choose(one, *_staying(one.opened, dropped[number]), forgotten):
                 if copy_unit(one, record, keep, store, f"{number}.{record.unit}"):
                     units.append(f"{number}.{record.unit}")
                 if progress:

@@ -21,6 +21,7 @@ from manifests.derived import refuse_derived
 from manifests.errors import FingerprintMismatch, InputError, RecipeError, VerificationFailed
 from manifests.filter import Choice, filter_set
 from manifests.fingerprint import fingerprint
+from manifests.forget import forget_images
 from manifests.id_files import read_ids
 from manifests.merge import merge_sets
 from manifests.reader import open_manifest
@@ -141,6 +142,24 @@ def test_a_derived_set_is_no_output_of_a_job(tmp_path):
         refuse_derived(Store.open(tmp_path / "f"))
     with pytest.raises(InputError, match="holds another derived set"):
         filter_set(tmp_path / "a", Choice(condition="width > 11"), Store.open(tmp_path / "f"))
+
+
+def test_the_same_command_again_does_not_bring_back_what_was_forgotten(tmp_path):
+    make_set(tmp_path / "a")
+    one_set(tmp_path / "b", {"u000000": ["x.jpg", "y.jpg"]}, {"y.jpg"})
+    commands = {
+        "m": lambda store: merge_sets([tmp_path / "a", tmp_path / "b"], store),
+        "f": lambda store: filter_set(tmp_path / "a", Choice(exclude=pa.array(["0/0.jpg"])), store),
+    }
+    for name, command in commands.items():
+        store = Store.open(tmp_path / name)
+        command(store)
+        forget_images(store, ["0/1.jpg", *(f"1/{i}.jpg" for i in range(5)), "y.jpg"], purge=True)
+        before = held(tmp_path / name), list_commits(store)
+        command(store)
+        assert (held(tmp_path / name), list_commits(store)) == before
+        assert "y.jpg" not in open_manifest(tmp_path / name).rejects()["image_id"].to_pylist()
+        assert verify(tmp_path / name).problems == []
 
 
 def test_the_same_command_again_changes_nothing(tmp_path):
