@@ -131,6 +131,10 @@ class Listing:
         return replace(whole, table=without_forgotten(self.store, whole.table))
 
     @property
+    def source(self) -> SourceIdentity:
+        return self.remembered.header.source if self.remembered else self._whole.source
+
+    @property
     def source_errors(self) -> int:
         return len(self.remembered.header.errors) if self.remembered else len(self._whole.errors)
 

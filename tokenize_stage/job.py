@@ -71,7 +71,8 @@ def run_job(
     job = _open(config, replace)
     with _stopping(job.store):
         listing = list_source(job.store, job.config.source, refresh=refresh)
-        if not retry and (manifest := _nothing_to_do(job, listing, refresh)):
+        manifest = None if retry else _nothing_to_do(job, listing, refresh)
+        if manifest and manifest.source == listing.source:  # else it was moved, and manifest and job file are to say so
             return JobResult(manifest, None, 0, 0, time.monotonic() - began, listing.note)
         with job.store.lease("tokenize"):
             planned = _begin(job, listing, replace, retry)

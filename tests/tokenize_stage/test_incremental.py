@@ -17,6 +17,8 @@ from tokenize_stage.announce import plan_lines
 from tokenize_stage.job import JobResult, preview_job, run_job, try_job
 from tokenize_stage.output_folder import read_config
 from tokenize_stage.planned import Planned
+from tokenize_stage.recompute import recompute
+from tokenize_stage.retry_rejects import retry_rejects
 
 
 def test_insert_one_edit_one_delete_one_and_edit_a_caption_encodes_two(codebook: Path, tmp_path: Path) -> None:
@@ -137,3 +139,21 @@ def test_the_folder_says_how_it_was_made(pictures: Path, codebook: Path, tmp_pat
         read_config(Store.open(tmp_path / "moved"))
     assert run_job(found).encoded == 0
     assert read_config(Store.open(tmp_path / "moved")).unit_size == 7
+
+
+def test_a_source_that_was_moved_encodes_nothing_and_is_found_again(
+    pictures: Path, codebook: Path, tmp_path: Path
+) -> None:
+    (pictures / "000001.jpg").write_bytes(b"no image")
+    before = run_job(job_config(pictures, codebook, tmp_path / "out", max_reject_rate=0.1)).manifest
+    moved = pictures.rename(tmp_path / "elsewhere")
+    config = job_config(moved, codebook, tmp_path / "out", max_reject_rate=0.1)
+    result = run_job(config)
+    assert result.encoded == 0
+    assert result.manifest.source.location == str(moved)
+    assert result.manifest.shards == before.shards
+    assert run_job(config).plan is None
+    store = Store.open(tmp_path / "out")
+    assert recompute(store, 5).compared == 5
+    (moved / "000001.jpg").write_bytes(picture(1, ".jpg"))
+    assert retry_rejects(store).recovered == 1
