@@ -149,11 +149,8 @@ def _unfinished(store: Store, found: Planned) -> tuple[State, str]:
         return "missing", left
     if _goes_on(store, found):
         return "interrupted", f"{plan.unchanged:,} of {counted(total, 'image')} committed"
-    said = [
-        f"{counted(changes.count, 'image')} {verb}"
-        for changes, verb in ((plan.new, "added"), (plan.changed, "changed"), (plan.removed, "removed"))
-        if changes.count
-    ]
+    kinds = ((plan.new, "added"), (plan.changed, "changed"), (plan.removed, "removed"), (plan.moved, "in another file"))
+    said = [f"{counted(changes.count, 'image')} {verb}" for changes, verb in kinds if changes.count]
     if found.stale:
         said.append(f"{counted(len(found.stale), 'unit')} with a lost shard")
     return "stale", "; ".join(said) or "its manifest is to be written anew"

@@ -42,6 +42,7 @@ def plan_lines(planned: Planned) -> list[str]:
     lines += _changes("new", plan.new)
     lines += _changes("changed (another size or time), to be encoded again", plan.changed)
     lines += _changes("removed from the source, to be taken out", plan.removed)
+    lines += _changes("in another file than before, to be copied", plan.moved)
     lines += _changes(f"rejected for {reasons}, to be tried again", plan.retried)
     if planned.stale:
         lines.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,15 +14,18 @@ import pyarrow.parquet as pq
 from manifests.entries import size_problem
 from manifests.errors import InputError, VerificationFailed
 from manifests.hashes import file_sha256
+from manifests.parallel import ordered_map
 from manifests.reader import OpenManifest, open_manifest
 from manifests.schema import MANIFEST_NAME, FileEntry, Manifest
-from manifests.shard_reader import UNREADABLE, damaged
+from manifests.shard_reader import UNREADABLE, damaged, read_shard
 from manifests.storage import Store
 from tokenize_stage.inventory_cache import Listing
-from tokenize_stage.output_folder import Completed, read_job_file
-from tokenize_stage.units import same_images
+from tokenize_stage.output_folder import FILE_COLUMNS, Completed, read_job_file
+from tokenize_stage.source_config import has_own_ids
+from tokenize_stage.units import same_files, same_images
 
 _BATCH_ROWS = 1 << 16
+_THREADS = 8  # shards read at once
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +33,7 @@ _log = logging.getLogger(__name__)
 def complete_manifest(store: Store, fingerprint: str, listing: Listing, max_reject_rate: float) -> Manifest | None:
     """The manifest, if it is whole, has this fingerprint and holds exactly the inventory; else None: there is work.
 
+    Of a source whose ids do not say in which file an image is, it also has to say that rightly.
     A manifest with more rejects than allowed now (it was made with a larger budget) is not complete either: planning
     ends in the budget's error. Nor is a set whose job file does not say how it was made: the next run will write that.
     """
@@ -44,12 +49,17 @@ def complete_manifest(store: Store, fingerprint: str, listing: Listing, max_reje
             return None
         if listing.remembered and job.completed == Completed(inventory=listing.taken_at, manifest=opened.digest):
             return opened.manifest
-        return opened.manifest if same_images(listing.inventory.table, _identities(store, opened.manifest)) else None
+        inventory = listing.inventory.table
+        if not same_images(inventory, _identities(store, opened.manifest)):
+            return None
+        if has_own_ids(listing.config) and not same_files(inventory, _files(opened)):
+            return None
     except InputError:
         return None  # no manifest yet
     except VerificationFailed as error:
         _log.warning("%s", error)
         return None
+    return opened.manifest
 
 
 def completed_with(store: Store, listing: Listing) -> Completed | None:
@@ -77,6 +87,12 @@ def _is_whole(store: Store, entry: FileEntry) -> bool:
         return True
     _log.warning("%s is gone or damaged: it is written anew", store.where(entry.path))
     return False
+
+
+def _files(opened: OpenManifest) -> Iterator[pa.Table]:
+    """image_id and file of all rows, a shard at a time."""
+    read = partial(read_shard, opened.store, columns=FILE_COLUMNS)
+    return ordered_map(read, (shard.path for shard in opened.shards), threads=_THREADS)
 
 
 def _identities(store: Store, manifest: Manifest) -> Iterator[pa.Table]:

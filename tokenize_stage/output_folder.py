@@ -11,14 +11,17 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
 from pydantic import ValidationError
 
 from manifests.commits import CommitRecord, read_commits
 from manifests.documents import first_problem
 from manifests.errors import FingerprintMismatch, InputError, VerificationFailed
 from manifests.fingerprint import check_same
+from manifests.parallel import ordered_map
 from manifests.reader import read_manifest
 from manifests.schema import MANIFEST_NAME, Frozen, Sha256
+from manifests.shard_reader import read_shard
 from manifests.storage import Store
 from tokenize_stage.config import TokenSetConfig
 from tokenize_stage.sources import Inventory
@@ -26,6 +29,11 @@ from tokenize_stage.units import Committed
 
 JOB_NAME = "job.json"
 SOURCE_ERRORS_NAME = "source_errors.jsonl"
+
+FILE_COLUMNS = ["image_id", "file"]
+"""What a shard says of where its images are."""
+
+_THREADS = 8  # shards read at once
 
 _log = logging.getLogger(__name__)
 
@@ -126,11 +134,20 @@ class Folder:
     others' rejects by unit, `example` one of these rejects in words.
     """
 
-    def __init__(self, store: Store, fingerprint: str, *, replace: bool, retry: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        store: Store,
+        fingerprint: str,
+        *,
+        replace: bool,
+        retry: frozenset[str] = frozenset(),
+        own_ids: bool = False,
+    ) -> None:
+        """`own_ids`: those of the source do not say in which file an image is, so the shards are asked."""
         self.stale: list[str] = []
         self.rejects: dict[str, Counter[str]] = {}
         self.example = ""
-        self._store, self._fingerprint, self._retry = store, fingerprint, retry
+        self._store, self._fingerprint, self._retry, self._own_ids = store, fingerprint, retry, own_ids
         self._ours = replace or store.exists(JOB_NAME)
 
     def units(self) -> Iterator[Committed]:
@@ -140,7 +157,19 @@ class Folder:
         be replaced, else a `FingerprintMismatch`. A unit whose shard is gone is stale too: it is tokenized again.
         """
         shards = {path: found.size for path, found in self._store.walk("shards/")}
-        for record in read_commits(self._store):
+
+        def files_of(record: CommitRecord) -> pa.Table | None:
+            one = record.shard
+            if one is None or record.fingerprint != self._fingerprint or shards.get(one.path) != one.bytes:
+                return None
+            return read_shard(self._store, one.path, FILE_COLUMNS)
+
+        def with_files(record: CommitRecord) -> tuple[CommitRecord, pa.Table | None]:
+            return record, files_of(record) if self._own_ids else None
+
+        records = read_commits(self._store)
+        pairs = ordered_map(with_files, records, threads=_THREADS) if self._own_ids else map(with_files, records)
+        for record, files in pairs:
             shard = record.shard
             if record.fingerprint != self._fingerprint:
                 self._refuse_foreign(record)
@@ -153,7 +182,7 @@ class Folder:
                 if record.rejects and not self.example:
                     self.example = f"{record.rejects[0].image_id}: {record.rejects[0].message}"
                 again = frozenset(row.image_id for row in record.rejects if row.reason in self._retry)
-                yield Committed(record.unit, record.members.table(), again)
+                yield Committed(record.unit, record.members.table(), again, files)
 
     def _refuse_foreign(self, record: CommitRecord) -> None:
         if not self._ours:

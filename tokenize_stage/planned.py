@@ -10,6 +10,7 @@ from tokenize_stage.budget import RejectBudget
 from tokenize_stage.inventory_cache import Listing
 from tokenize_stage.output_folder import Folder
 from tokenize_stage.resolved import Job
+from tokenize_stage.source_config import has_own_ids
 from tokenize_stage.sources import Inventory
 from tokenize_stage.sources.inventory import ABSENT
 from tokenize_stage.table_rows import numbers
@@ -38,7 +39,8 @@ def plan_job(job: Job, listing: Listing, *, replace: bool, retry: frozenset[str]
     `retry`: reasons whose rejects are to be read again. Raises `FingerprintMismatch` and `VerificationFailed`.
     """
     inventory = listing.inventory
-    folder = Folder(job.store, job.fingerprint, replace=replace, retry=retry)
+    own_ids = has_own_ids(job.config.source)
+    folder = Folder(job.store, job.fingerprint, replace=replace, retry=retry, own_ids=own_ids)
     plan = plan_units(inventory.table, folder.units(), job.unit_size, retry)
     again = {cut.name for cut in plan.units.cuts}
     standing = folder.rejects.keys() - set(plan.emptied)

@@ -84,3 +84,8 @@ class ParquetSource(StageModel):
 
 
 SourceConfig = Annotated[FolderSource | LlavaSource | WebdatasetSource | ParquetSource, Field(discriminator="kind")]
+
+
+def has_own_ids(source: SourceConfig) -> bool:
+    """Whether images lie in containers of which their ids say nothing."""
+    return isinstance(source, ParquetSource) and source.id_column is not None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from manifests.id_index import IdIndex
 from tokenize_stage.table_rows import numbers, take_rows
@@ -59,11 +60,15 @@ def _unpickle(name: str, members: bytes, rewrites: bool, retry: frozenset[str]) 
 
 
 class Committed(NamedTuple):
-    """A committed unit as the plan sees it: `members` with image_id, size and mtime_ns; `again` are ids to be retried."""
+    """A committed unit as the plan sees it: `members` with image_id, size and mtime_ns; `again` are ids to be retried.
+
+    `files` has image_id and file of the rows of its shard, where the ids of the source do not say in which file they are.
+    """
 
     name: str
     members: pa.Table
     again: frozenset[str] = frozenset()
+    files: pa.Table | None = None
 
 
 class PlannedUnits(Sequence[Unit]):
@@ -117,7 +122,8 @@ class Changes:
 class Plan:
     """What a job has to do. `emptied` units lost all their members: their commit records go.
 
-    `encode` is how many images the encoder will see if all can be read: `new`, `changed` and `retried` ones.
+    `encode` is how many images the encoder will see if all can be read: `new`, `changed` and `retried` ones. Those that
+    `moved` to another file are copied.
     """
 
     units: PlannedUnits
@@ -126,6 +132,7 @@ class Plan:
     changed: Changes
     removed: Changes
     retried: Changes
+    moved: Changes
     unchanged: int
 
     @property
@@ -159,7 +166,7 @@ def plan_units(
     index = IdIndex(ids)
     size, mtime_ns = numbers(inventory["size"]), numbers(inventory["mtime_ns"])
     is_new = np.ones(inventory.num_rows, bool)
-    new, changed, removed, retried = Changes(), Changes(), Changes(), Changes()
+    new, changed, removed, retried, moved = Changes(), Changes(), Changes(), Changes(), Changes()
     cuts: list[Cut] = []
     emptied: list[str] = []
     taken: set[str] = set()
@@ -172,15 +179,21 @@ def plan_units(
         again = np.zeros(len(now), bool)
         if unit.again:
             again = ~gone & ~other & [name in unit.again for name in known["image_id"].to_pylist()]
+        elsewhere = np.zeros(len(now), bool)
+        if unit.files is not None:
+            names = unit.files["image_id"].filter(pa.array(_in_other_files(inventory, index, unit.files)))
+            elsewhere[IdIndex(known["image_id"]).find(names)] = True
+            elsewhere &= ~other & ~again
         is_new[now[~gone]] = False
         removed.add(known["image_id"], np.flatnonzero(gone))
         changed.add(known["image_id"], np.flatnonzero(other))
         retried.add(known["image_id"], np.flatnonzero(again))
-        unchanged += int((~gone & ~other & ~again).sum())
+        moved.add(known["image_id"], np.flatnonzero(elsewhere))
+        unchanged += int((~gone & ~other & ~again & ~elsewhere).sum())
         remaining = now[~gone]
         if len(remaining):
             taken.add(unit.name)
-            if len(remaining) < len(now) or other.any() or again.any():
+            if len(remaining) < len(now) or (other | again | elsewhere).any():
                 cuts.append(Cut(unit.name, remaining, rewrites=True))
         else:
             emptied.append(unit.name)
@@ -192,7 +205,7 @@ def plan_units(
         Cut(next(free), new_rows[start : start + unit_size], rewrites=False)
         for start in range(0, len(new_rows), unit_size)
     ]
-    return Plan(PlannedUnits(inventory, cuts, retry), emptied, new, changed, removed, retried, unchanged)
+    return Plan(PlannedUnits(inventory, cuts, retry), emptied, new, changed, removed, retried, moved, unchanged)
 
 
 def same_images(inventory: pa.Table, known: Iterable[pa.Table]) -> bool:
@@ -213,6 +226,12 @@ def same_images(inventory: pa.Table, known: Iterable[pa.Table]) -> bool:
     return rows == inventory.num_rows
 
 
+def same_files(inventory: pa.Table, shards: Iterable[pa.Table]) -> bool:
+    """Whether the rows of shards (image_id, file) are where they were, as far as the inventory has them."""
+    index = IdIndex(inventory["image_id"])
+    return not any(_in_other_files(inventory, index, table).any() for table in shards)
+
+
 def unchanged_rows(members: pa.Table, previous: pa.Table) -> npt.NDArray[np.bool_]:
     """Which `members` of a rewritten unit stood in its `previous` members with the same size and mtime."""
     before = IdIndex(previous["image_id"]).find(members["image_id"])
@@ -227,6 +246,17 @@ def _differs(values: npt.NDArray[np.int64], at: npt.NDArray[np.int64], known: pa
     here = at >= 0
     other = np.zeros(len(at), bool)
     other[here] = values[at[here]] != numbers(known)[here]
+    return other
+
+
+def _in_other_files(inventory: pa.Table, index: IdIndex, files: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which rows of `files` (image_id, file) the inventory has in another file."""
+    now = index.find(files["image_id"])
+    here = now >= 0
+    other = np.zeros(len(now), bool)
+    real = take_rows(inventory.select(["file"]), now[here])["file"].cast(pa.string())
+    same = pc.equal(real, files["file"].filter(pa.array(here)))
+    other[here] = ~np.asarray(same.to_pylist(), bool)
     return other
 
 

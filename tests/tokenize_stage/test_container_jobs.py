@@ -15,8 +15,11 @@ from manifests.errors import FingerprintMismatch
 from manifests.images import read_image
 from manifests.reader import open_manifest
 from manifests.storage import Store
+from manifests.verify import verify
+from tokenize_stage.announce import plan_lines
 from tokenize_stage.config import TokenSetConfig
-from tokenize_stage.job import JobResult, run_job
+from tokenize_stage.job import JobResult, preview_job, run_job
+from tokenize_stage.planned import Planned
 
 
 def config_of(source: dict[str, Any], codebook: Path, output: Path, **changes: Any) -> TokenSetConfig:
@@ -172,3 +175,36 @@ def test_a_job_in_ray_reads_containers_as_well(ray_cluster: object, codebook: Pa
     run_job(here)
     run_job(there.model_copy(update={"engine": "ray"}))
     assert content(tmp_path / "here")["bytes"] == content(tmp_path / "there")["bytes"]
+
+
+@pytest.mark.parametrize("more", [0, 3])
+def test_rows_with_ids_of_their_own_are_followed_to_a_renamed_file(codebook: Path, tmp_path: Path, more: int) -> None:
+    """As by a push to the hub, which renames all files of a data set when one is added; nothing old is encoded."""
+    source, output = tmp_path / "data", tmp_path / "out"
+    source.mkdir()
+
+    def write(name: str, first: int, count: int) -> None:
+        rows = range(first, first + count)
+        images = [picture(row) for row in rows] if first else [b"no picture", *map(picture, rows[1:])]
+        pq.write_table(pa.table({"image": images, "key": [f"k{row}" for row in rows]}), source / name)
+
+    for number in range(2):
+        write(f"{number}-of-2.parquet", 6 * number, 6)
+    config = config_of({"kind": "parquet", "path": source, "id_column": "key"}, codebook, output)
+    assert run_job(config).encoded == 12
+    codes = shards_of(output).select(["image_id", "codes"])
+    for number in range(2):
+        (source / f"{number}-of-2.parquet").rename(source / f"{number}-of-3.parquet")
+    if more:
+        write("2-of-3.parquet", 12, more)
+    found = preview_job(config)
+    assert isinstance(found, Planned)
+    assert (found.plan.moved.count, found.plan.encode, found.plan.unchanged) == (11, more, 1)
+    assert "11 in another file than before, to be copied: k1, k2, k3, ..." in plan_lines(found)
+    assert totals(result := run_job(config)) == (12 + more, 11 + more, 1, 0)
+    assert result.encoded == more
+    assert shards_of(output).select(["image_id", "codes"]).slice(0, 11).equals(codes)
+    check_locators(output, str(source), "image")
+    assert verify(output).problems == []
+    assert run_job(config).plan is None
+    assert run_job(config, refresh=True).encoded == 0
