@@ -55,7 +55,8 @@ class RejectBudget:
         worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
         raise BudgetExceeded(
             f"{rejected} of {self.images} images are rejects ({worst}; for example: {self.example}), more than "
-            f"max_reject_rate {self.rate:g} allows: repair them, or raise it and run again to go on from what is committed"
+            f"max_reject_rate {self.rate:g} allows: repair them, or raise it and run again to go on from what is committed; "
+            "where their storage was away, asvr retry reads them again"
         )
 
 

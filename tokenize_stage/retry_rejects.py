@@ -8,21 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import yaml
 from pydantic import ValidationError
 
+from manifests.commits import read_commits
 from manifests.documents import first_problem
 from manifests.errors import RecipeError
 from manifests.id_index import IdIndex
 from manifests.reader import OpenManifest, load_manifest
 from manifests.rejects import RejectReason
 from manifests.repeated_ids import columns_of
-from manifests.shards import REJECTS_SCHEMA
 from manifests.storage import Store
 from tokenize_stage.config import TokenSetConfig
 from tokenize_stage.job import JobResult, run_job
-from tokenize_stage.output_folder import read_config
+from tokenize_stage.output_folder import read_config, read_job_file
 from tokenize_stage.progress import Progress
 
 RETRYABLE = frozenset(
@@ -48,13 +47,13 @@ def retry_rejects(
 ) -> RetryReport:
     """Read the rejected images of the given reasons (none given: all) again; ok images are copied, not encoded.
 
-    `overrides` are `KEY=VALUE` of the settings in `RETRYABLE`. Raises `RecipeError` for an unknown reason or setting,
-    `InputError` where no finished set is, and what `run_job` raises.
+    The set need not be finished: a job that its rejects have stopped goes on with this. `overrides` are `KEY=VALUE` of
+    the settings in `RETRYABLE`. Raises `RecipeError` for an unknown reason or setting, `InputError` where no job was,
+    and what `run_job` raises.
     """
     wanted = _reasons(reasons)
-    opened = load_manifest(store.location)
     config = _overridden(read_config(store), overrides)
-    rejects = _rejects(opened, wanted)
+    rejects = _rejects(store, wanted)
     tried = Counter(rejects["reason"].to_pylist())
     if not tried:
         return RetryReport({}, 0, None)
@@ -87,12 +86,16 @@ def _overridden(config: TokenSetConfig, overrides: Sequence[str]) -> TokenSetCon
         raise RecipeError(f"--set is refused ({first_problem(error)}): correct it") from error
 
 
-def _rejects(opened: OpenManifest, reasons: frozenset[str]) -> pa.Table:
-    """Id and reason of the rejects with these reasons."""
-    columns, asked = ["image_id", "reason"], pa.array(sorted(reasons))
-    batches = opened.iter_rejects(columns)
-    chosen = (batch.filter(pc.is_in(batch["reason"], value_set=asked)) for batch in batches)
-    return pa.Table.from_batches(chosen, pa.schema([REJECTS_SCHEMA.field(name) for name in columns]))
+def _rejects(store: Store, reasons: frozenset[str]) -> pa.Table:
+    """Id and reason of the rejects with these reasons, those among them that no manifest has yet."""
+    mark = read_job_file(store).fingerprint
+    ids: list[str] = []
+    why: list[str] = []
+    for record in read_commits(store):
+        rows = [row for row in record.rejects if row.reason in reasons] if record.fingerprint == mark else []
+        ids += [row.image_id for row in rows]
+        why += [row.reason for row in rows]
+    return pa.table({"image_id": pa.array(ids, pa.string()), "reason": pa.array(why, pa.string())})
 
 
 def _ok_now(opened: OpenManifest, names: pa.ChunkedArray) -> int:

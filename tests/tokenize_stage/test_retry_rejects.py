@@ -10,13 +10,16 @@ import pytest
 from made_jobs import content, job_config, picture
 from PIL import Image
 
-from manifests.errors import InputError, RecipeError
+from manifests import images
+from manifests.commits import list_commits
+from manifests.errors import BudgetExceeded, InputError, RecipeError
 from manifests.filter import Choice, filter_set
 from manifests.forget import forget_images
 from manifests.garbage import collect_garbage
 from manifests.merge import merge_sets
 from manifests.reader import open_manifest
 from manifests.rebuild import rebuild
+from manifests.rejects import Reject, RejectReason
 from manifests.storage import Store
 from manifests.verify import verify
 from tokenize_stage.job import run_job
@@ -82,8 +85,42 @@ def test_refusals(spoiled, tmp_path):
     for override in ("max_pixels=many", "max_pixels=-1", "max_pixels=[", "device=tpu"):
         with pytest.raises(RecipeError, match="--set"):
             retry_rejects(spoiled, overrides=[override])
-    with pytest.raises(InputError, match="no manifest at"):
+    with pytest.raises(InputError, match=r"has no job\.json"):
         retry_rejects(Store.open(tmp_path / "nowhere"))
+
+
+def test_a_job_that_its_rejects_have_stopped_goes_on(pictures, codebook, tmp_path, monkeypatch):
+    """A share is away while the first unit is read, which is committed with eight rejects; then it is back."""
+    store = Store.open(tmp_path / "out")
+    config = job_config(pictures, codebook, tmp_path / "out", max_reject_rate=0.1)
+    read = images.UnitReader.read
+
+    def away(reader, row):
+        raise Reject(RejectReason.MISSING, "there is no file")
+
+    monkeypatch.setattr(images.UnitReader, "read", away)
+    with pytest.raises(BudgetExceeded, match="asvr retry reads them again"):
+        run_job(config)
+    assert list_commits(store) == ["u000000"]
+    monkeypatch.setattr(images.UnitReader, "read", read)
+    with pytest.raises(BudgetExceeded):
+        run_job(config)
+    report = retry_rejects(store)
+    assert (report.tried, report.recovered, report.result.encoded) == ({"missing": 8}, 8, 20)
+    run_job(job_config(pictures, codebook, tmp_path / "clean"))
+    assert content(tmp_path / "out") == content(tmp_path / "clean")
+
+
+def test_rejects_that_no_manifest_has_yet_are_tried_as_well(pictures, codebook, tmp_path):
+    store = Store.open(tmp_path / "out")
+    config = job_config(pictures, codebook, tmp_path / "out", max_reject_rate=0.1, max_pixels=5000)
+    run_job(config)
+    for number in range(8):
+        (pictures / f"huge{number}.png").write_bytes(large(80))
+    with pytest.raises(BudgetExceeded):
+        run_job(config)
+    report = retry_rejects(store, overrides=["max_pixels=10000"])
+    assert (report.tried, report.recovered) == ({"too_many_pixels": 8}, 8)
 
 
 def test_a_forgotten_image_does_not_come_back(spoiled, pictures, codebook, tmp_path):
