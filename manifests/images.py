@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,14 @@ CARRY = "carry."
 NAME; length -1 where there is none."""
 
 DEFAULT_COLUMN = "image"
+
+
+class DamagedCells(Exception):
+    """What is carried along of some members cannot be read, for good: `messages` by their place."""
+
+    def __init__(self, messages: dict[int, str]) -> None:
+        super().__init__(f"{len(messages)} members")
+        self.messages = messages
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,10 @@ class UnitReader:
         return Locator(self._files[row] or self._ids[row], self._offsets[row], length)
 
     def carried(self, rows: Sequence[int]) -> pa.Table | None:
-        """The carried columns of some members, in this order; None if nothing is carried. Raises as `read` does."""
+        """The carried columns of some members, in this order; None if nothing is carried.
+
+        Raises as `read` does, and `DamagedCells` naming all members of which that is due to damage.
+        """
         if not self._source.carry:
             return None
         if self._texts:
@@ -114,11 +126,15 @@ class UnitReader:
         by_file: dict[str, list[int]] = defaultdict(list)
         for row in rows:
             by_file[self._files[row] or ""].append(row)
-        parts, places = [], []
+        parts: list[pa.Table] = []
+        places: list[int] = []
+        damaged: dict[int, str] = {}
         for file, members in by_file.items():
             members.sort(key=self._offsets.__getitem__)
-            parts.append(self._cells(file, [self._offsets[row] for row in members]))
+            parts += self._cells(file, members, damaged)
             places += members
+        if damaged:
+            raise DamagedCells(damaged)
         if not parts:
             return None
         order = {row: place for place, row in enumerate(places)}
@@ -149,15 +165,28 @@ class UnitReader:
             return None
         return self._container(file, row).read(offsets[row], lengths[row]).decode(errors="replace")
 
-    def _cells(self, file: str, rows: list[int]) -> pa.Table:
+    def _cells(self, file: str, members: Sequence[int], damaged: dict[int, str]) -> Iterator[pa.Table]:
+        """The carried cells of members in the order of their rows, a row group at a time; what is damaged is told."""
         table = open_table(self._store, file)
         try:
-            found = table.take(rows, self._source.carry)
+            for _, group in groupby(members, key=lambda member: table.group_end(self._offsets[member])):
+                here = list(group)
+                try:
+                    found = table.take([self._offsets[member] for member in here], self._source.carry)
+                except (pa.ArrowException, OSError) as error:
+                    if fault := self._store.fault(file, error):
+                        raise fault from error
+                    if isinstance(error, OSError) and error.errno is not None:  # the disk's; damage has no number
+                        raise
+                    why = f"is damaged in {', '.join(self._source.carry)} ({' '.join(str(error).split())[:200]})"
+                    where = self._store.where(file)
+                    damaged |= {member: f"row {self._offsets[member]} of {where} {why}" for member in here}
+                    continue
+                # Whether a column may be empty differs between the files of many a data set, and must not between shards.
+                nullable = pa.schema([field.with_nullable(True) for field in found.schema])
+                yield pa.Table.from_arrays(found.columns, schema=nullable)
         finally:
             table.close()
-        # Whether a column may be empty differs between the files of many a data set, and must not between shards.
-        nullable = pa.schema([field.with_nullable(True) for field in found.schema])
-        return pa.Table.from_arrays(found.columns, schema=nullable)
 
 
 def read_image(

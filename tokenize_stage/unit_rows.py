@@ -12,8 +12,8 @@ import pyarrow as pa
 from manifests.anyres import most_views
 from manifests.commits import RejectRow
 from manifests.errors import StorageError
-from manifests.images import UnitReader
-from manifests.rejects import Reject
+from manifests.images import DamagedCells, UnitReader
+from manifests.rejects import Reject, RejectReason
 from manifests.schema import Producer, ShardEntry
 from manifests.shards import ShardData, encode_shard, shard_name, value_column
 from manifests.storage import Store
@@ -51,12 +51,7 @@ class UnitRows:
     def add(self, member: int, outcome: Picture | Reject) -> int:
         """Take the outcome of the next member that was tried and give it its place; the slots it has in the stream."""
         if isinstance(outcome, Reject):
-            self.rejects[member] = RejectRow(
-                image_id=self._ids[member],
-                reason=outcome.reason.value,
-                message=outcome.message,
-                source_row=self._source_rows[member],
-            )
+            self._reject(member, outcome)
             return self._take(1)
         self.pictures[member] = outcome
         self._places[member] = self._end
@@ -71,6 +66,14 @@ class UnitRows:
         slots = self.add(member, picture)
         self.values_NL[self._end - slots : self._end] = values_VL
         return slots
+
+    def _reject(self, member: int, why: Reject) -> None:
+        self.rejects[member] = RejectRow(
+            image_id=self._ids[member],
+            reason=why.reason.value,
+            message=why.message,
+            source_row=self._source_rows[member],
+        )
 
     def _take(self, slots: int) -> int:
         self._end += slots
@@ -95,8 +98,12 @@ class UnitRows:
         return _histograms(self.values_NL[: self._end], self._are_views(), self._order.spec)
 
     def write_shard(self, store: Store, reader: UnitReader) -> ShardEntry | None:
-        """Write the rows; None when there are none. Raises `StorageError`, or `SourceFailedError` for carried columns."""
+        """Write the rows; None when there are none. Raises `StorageError`, or `SourceFailedError` for carried columns.
+
+        A picture of which that is damaged becomes a reject here.
+        """
         order, name = self._order, self.unit.name
+        carried = self._carried(reader)
         rows = sorted(self.pictures)
         if not rows:
             return None
@@ -110,7 +117,7 @@ class UnitRows:
                 view_boxes=[picture.boxes_V4 for picture in pictures],
                 locators=[reader.locator(row, self.pictures[row].length) for row in rows],
                 codes=self._values(rows),
-                extra=self._carried(reader, rows),
+                extra=carried,
             ),
             fingerprint=order.fingerprint,
             unit=name,
@@ -122,12 +129,17 @@ class UnitRows:
         store.write(path, data)
         return ShardEntry(path=path, bytes=len(data), sha256=sha256, unit=name, rows=len(rows))
 
-    def _carried(self, reader: UnitReader, rows: list[int]) -> pa.Table | None:
+    def _carried(self, reader: UnitReader) -> pa.Table | None:
         what = f"reading what the shard of unit {self.unit.name} carries along from {self._order.images.root}"
         try:
-            return with_retries(lambda: reader.carried(rows), what)
+            return with_retries(lambda: reader.carried(sorted(self.pictures)), what)
         except StorageError as error:
             raise SourceFailedError(str(error)) from error
+        except DamagedCells as damage:
+            for member, message in damage.messages.items():
+                del self.pictures[member], self._places[member]
+                self._reject(member, Reject(RejectReason.UNREADABLE, message))
+            return self._carried(reader)
 
     def _values(self, rows: list[int]) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         if self._end == len(rows):  # one view an image and no reject: nothing to pick

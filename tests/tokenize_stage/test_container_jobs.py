@@ -208,3 +208,33 @@ def test_rows_with_ids_of_their_own_are_followed_to_a_renamed_file(codebook: Pat
     assert verify(output).problems == []
     assert run_job(config).plan is None
     assert run_job(config, refresh=True).encoded == 0
+
+
+def test_damage_to_what_is_carried_makes_rejects_of_its_row_group(codebook: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "data", tmp_path / "out"
+    source.mkdir()
+    captions = [f"{row}: {'a caption ' * row}" for row in range(12)]
+    table = pa.table({"image": [picture(row) for row in range(12)], "caption": captions})
+    for name in ("a.parquet", "b.parquet"):
+        pq.write_table(table, source / name, row_group_size=4, use_dictionary=False)
+    path = source / "a.parquet"
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    data = bytearray(path.read_bytes())
+    end = chunk.data_page_offset + chunk.total_compressed_size
+    data[end - 40 : end] = bytes(40)
+    path.write_bytes(data)
+    config = config_of({"kind": "parquet", "path": source, "carry": ["caption"]}, codebook, output, unit_size=9)
+    assert totals(run_job(config)) == (24, 20, 4, 0)
+    rejects = open_manifest(output).rejects()
+    assert rejects["image_id"].to_pylist() == [f"a.parquet!{row}" for row in range(4, 8)]
+    assert rejects["reason"].unique().to_pylist() == ["unreadable"]
+    assert rejects["message"][0].as_py().startswith(f"row 4 of {path} is damaged in caption (")
+    shards = shards_of(output)
+    assert shards["caption"].to_pylist() == [*captions[:4], *captions[8:], *captions]
+    assert verify(output).problems == []
+    assert run_job(config).plan is None
+
+    whole = config_of({"kind": "parquet", "path": source}, codebook, tmp_path / "whole", unit_size=9)
+    run_job(whole)
+    every = dict(zip(*(shards_of(tmp_path / "whole")[name].to_pylist() for name in ("image_id", "codes")), strict=True))
+    assert shards["codes"].to_pylist() == [every[name] for name in shards["image_id"].to_pylist()]
