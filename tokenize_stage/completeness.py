@@ -69,6 +69,11 @@ def completed_with(store: Store, listing: Listing) -> Completed | None:
     return Completed(inventory=listing.taken_at, manifest=hashlib.sha256(store.read(MANIFEST_NAME)).hexdigest())
 
 
+def is_completed_with(store: Store, listing: Listing) -> bool:
+    """Whether the job file remembers just that, and the listing is the one that is kept."""
+    return bool(listing.remembered) and read_job_file(store).completed == completed_with(store, listing)
+
+
 def _side_files(opened: OpenManifest) -> Iterator[FileEntry]:
     manifest = opened.manifest
     yield manifest.index

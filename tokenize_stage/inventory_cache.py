@@ -141,6 +141,8 @@ class Listing:
     @property
     def is_kept(self) -> bool:
         """Whether a later run has any use for it."""
+        if self.remembered:
+            return True
         whole = self._whole
         return bool(whole.containers) or whole.images > ALWAYS_LISTED
 

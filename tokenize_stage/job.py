@@ -15,16 +15,23 @@ from dataclasses import dataclass
 from manifests.commits import ManifestHeader, assemble_manifest, commit_path, list_commits, read_commits
 from manifests.derived import refuse_derived
 from manifests.errors import Interrupted
+from manifests.reader import read_manifest
 from manifests.redact import command_line
 from manifests.report import mixed_devices
 from manifests.schema import Manifest
 from manifests.storage import Store
 from tokenize_stage.announce import announce
 from tokenize_stage.commit_loop import commit_units
-from tokenize_stage.completeness import complete_manifest, completed_with
+from tokenize_stage.completeness import complete_manifest, completed_with, is_completed_with
 from tokenize_stage.config import TokenSetConfig
 from tokenize_stage.inventory_cache import Listing, list_source
-from tokenize_stage.output_folder import JobFile, refuse_other_settings, write_job_file, write_source_errors
+from tokenize_stage.output_folder import (
+    JobFile,
+    read_job_file,
+    refuse_other_settings,
+    write_job_file,
+    write_source_errors,
+)
 from tokenize_stage.planned import Planned, plan_job
 from tokenize_stage.progress import Progress
 from tokenize_stage.provenance import installed_versions
@@ -73,6 +80,7 @@ def run_job(
         listing = list_source(job.store, job.config.source, refresh=refresh)
         manifest = None if retry else _nothing_to_do(job, listing, refresh)
         if manifest and manifest.source == listing.source:  # else it was moved, and manifest and job file are to say so
+            _remember(job.store, listing, manifest)
             return JobResult(manifest, None, 0, 0, time.monotonic() - began, listing.note)
         with job.store.lease("tokenize"):
             planned = _begin(job, listing, replace, retry)
@@ -144,6 +152,19 @@ def _nothing_to_do(job: Job, listing: Listing, refresh: bool) -> Manifest | None
     """The manifest of a complete set; but a new listing that was asked for is to be kept, which takes the lease."""
     manifest = complete_manifest(job.store, job.fingerprint, listing, job.config.max_reject_rate)
     return None if refresh and listing.is_kept else manifest
+
+
+def _remember(store: Store, listing: Listing, manifest: Manifest) -> None:
+    """Keep the listing of a complete set, and that both belong together, so that the next run need not find out again."""
+    if not listing.is_kept or is_completed_with(store, listing):
+        return
+    with store.lease("tokenize"):
+        if read_manifest(store.location)[1] != manifest:
+            return  # another driver was here a moment ago
+        listing.remember()
+        if listing.taken:
+            write_source_errors(store, listing.taken)
+        write_job_file(store, read_job_file(store).model_copy(update={"completed": completed_with(store, listing)}))
 
 
 def _begin(job: Job, listing: Listing, replace: bool, retry: frozenset[str]) -> Planned:

@@ -15,6 +15,7 @@ from made_containers import Place, parquet_of
 from made_jobs import content, job_config, make_pictures, picture
 
 from manifests.errors import InputError
+from manifests.forget import forget_images
 from manifests.images import ImageSource
 from manifests.reader import open_manifest
 from manifests.schema import SourceIdentity
@@ -145,6 +146,36 @@ def test_a_complete_set_of_tars_needs_no_row_of_its_inventory(codebook: Path, tm
     (tars / "a.tar").touch()  # another time is another file, as for every image
     assert run_job(config).encoded == 3
     assert content(output)["manifest"]["totals"] == before["manifest"]["totals"]
+
+
+def test_a_complete_set_is_found_complete_once(
+    pictures: Path, codebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an edited caption a large source is listed once, and after a forgotten image compared once."""
+    monkeypatch.setattr("tokenize_stage.inventory_cache.ALWAYS_LISTED", 10)
+    path, output = tmp_path / "data.json", tmp_path / "out"
+    names = sorted(found.relative_to(pictures).as_posix() for found in pictures.rglob("*.*"))
+
+    def write(caption: str) -> None:
+        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
+        path.write_text(json.dumps([{"id": name, "image": name, "conversations": turns} for name in names]))
+
+    def found_complete_only_once() -> None:
+        assert run_job(config).plan is None
+        with monkeypatch.context() as patched:
+            patched.setattr("tokenize_stage.inventory_cache.take_inventory", None)
+            patched.setattr("tokenize_stage.completeness.same_images", None)
+            result = run_job(config)
+        assert result.plan is None
+        assert "--refresh lists again" in result.listing_note
+
+    write("a caption")
+    config = job_config(pictures, codebook, output, source={"kind": "llava", "path": path, "image_root": pictures})
+    assert run_job(config).encoded == 20
+    write("an edited caption")
+    found_complete_only_once()
+    forget_images(Store.open(output), names[:1])
+    found_complete_only_once()
 
 
 def test_a_damaged_file_is_listed_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
