@@ -29,6 +29,7 @@ from tokenize_stage.output_folder import (
     JobFile,
     read_job_file,
     refuse_other_settings,
+    refuse_output_in_source,
     write_job_file,
     write_source_errors,
 )
@@ -129,6 +130,7 @@ def preview_job(config: TokenSetConfig, *, replace: bool = False, refresh: bool 
 def _open(config: TokenSetConfig, replace: bool) -> Job:
     job = resolve(config)
     refuse_derived(job.store)
+    refuse_output_in_source(job.store, job.config.source)
     if not replace:
         refuse_other_settings(job.store, job.keys)
     return job

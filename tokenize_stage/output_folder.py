@@ -23,8 +23,9 @@ from manifests.reader import read_manifest
 from manifests.schema import MANIFEST_NAME, Frozen, Sha256
 from manifests.shard_reader import read_shard
 from manifests.storage import Store
-from tokenize_stage.config import TokenSetConfig
+from tokenize_stage.config import ParquetSource, SourceConfig, TokenSetConfig
 from tokenize_stage.sources import Inventory
+from tokenize_stage.sources.listing import would_find
 from tokenize_stage.units import Committed
 
 JOB_NAME = "job.json"
@@ -113,6 +114,18 @@ def refuse_other_settings(store: Store, keys: dict[str, Any]) -> None:
     existing = existing_keys(store)
     if existing is not None:
         check_same(existing, keys, where=store.location)
+
+
+def refuse_output_in_source(store: Store, source: SourceConfig) -> None:
+    """Raise `InputError` where the next run would take the tables of the output for the source's."""
+    if not isinstance(source, ParquetSource):
+        return
+    for own in ("index-0.parquet", "shards/u000000-0.parquet"):
+        if would_find(source.path, store.where(own), "source.path"):
+            raise InputError(
+                f"the output {store.location} lies where source.path searches for Parquet files, and the next run would "
+                "read its own: choose an output beside the source, or a narrower source.path"
+            )
 
 
 def existing_keys(store: Store) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import pytest
 from made_containers import Place, hf_images, parquet_of, samples, tar_of, zst
 from made_jobs import VIEW, content, make_pictures, picture
 
-from manifests.errors import FingerprintMismatch
+from manifests.errors import FingerprintMismatch, InputError
 from manifests.images import read_image
 from manifests.reader import open_manifest
 from manifests.storage import Store
@@ -238,3 +238,24 @@ def test_damage_to_what_is_carried_makes_rejects_of_its_row_group(codebook: Path
     run_job(whole)
     every = dict(zip(*(shards_of(tmp_path / "whole")[name].to_pylist() for name in ("image_id", "codes")), strict=True))
     assert shards["codes"].to_pylist() == [every[name] for name in shards["image_id"].to_pylist()]
+
+
+@pytest.mark.parametrize("path", ["", "/**/*.parquet", "/*/*-*.parquet", "/{a,to}*/*/*.parquet"])
+def test_an_output_that_the_source_would_search_is_refused(codebook: Path, tmp_path: Path, path: str) -> None:
+    """Else the first run would end well, and every other one in an error about its own index."""
+    (tmp_path / "data/a").mkdir(parents=True)
+    pq.write_table(pa.table({"image": [picture(1)]}), tmp_path / "data/a/0-1.parquet")
+    source = {"kind": "parquet", "path": f"{tmp_path}/data{path}"}
+    with pytest.raises(InputError, match="searches for Parquet files, and the next run would"):
+        run_job(config_of(source, codebook, tmp_path / "data/tokens"))
+    assert not (tmp_path / "data/tokens").exists()
+
+
+@pytest.mark.parametrize("path", ["/*.parquet", "/a", "/a/*.parquet", "/0-1.parquet", "/*/0-*.parquet"])
+def test_an_output_beside_what_is_searched_is_fine(codebook: Path, tmp_path: Path, path: str) -> None:
+    (tmp_path / "data/a").mkdir(parents=True)
+    for name in ("a/0-1.parquet", "0-1.parquet"):
+        pq.write_table(pa.table({"image": [picture(1)]}), tmp_path / "data" / name)
+    config = config_of({"kind": "parquet", "path": f"{tmp_path}/data{path}"}, codebook, tmp_path / "data/tokens")
+    assert run_job(config).encoded == 1
+    assert run_job(config).plan is None

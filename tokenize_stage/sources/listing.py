@@ -75,6 +75,20 @@ def find_files(
     return Store.open(root), [(name[below:], stat) for name, stat in found.items()]
 
 
+def would_find(locations: str | Sequence[str], name: str, key: str) -> bool:
+    """Whether a search at some locations (see `find_files`) would come upon a file of this full name and suffix."""
+    for location in [locations] if isinstance(locations, str) else locations:
+        is_local = not is_url(location)
+        patterns = [location] if is_local and os.path.exists(location) else expand_braces(location, key)  # noqa: PTH110
+        for pattern in patterns:
+            is_glob = _GLOB & set(pattern) and not (is_local and os.path.exists(pattern))  # noqa: PTH110
+            root, below = _split(pattern) if is_glob else (pattern, "**/*")
+            start = f"{Store.open(root).location.rstrip('/')}/"
+            if name.startswith(start) and glob_regex(below).fullmatch(name[len(start) :]):
+                return True
+    return False
+
+
 def stats_of(store: Store, names: Sequence[str]) -> list[FileStat | None]:
     """What is known of each file; None where no regular file is."""
     if store.is_local:
