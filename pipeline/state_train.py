@@ -22,6 +22,7 @@ EXPORT = "export"
 """The folder of a run's export below its output."""
 
 _WORDS = {
+    "ratios": "ratios of the files of records changed:",
     "phase.lr": "learning rate changed:",
     "phase.batch_size": "batch size changed:",
     "phase.objective": "objective changed",

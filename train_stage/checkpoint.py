@@ -25,7 +25,7 @@ from manifests.fingerprint import differing_keys, digest
 from manifests.hashes import file_sha256
 from manifests.reader import open_manifest
 from manifests.redact import redact
-from train_stage.config import TrainConfig
+from train_stage.config import ResolvedPhase, TrainConfig
 from train_stage.deepspeed_settings import that_decide
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ def settings_of(config: TrainConfig, phase_name: str, content: Callable[[str], s
         "model": _model_settings(config),
         "phase": _without_places(phase.model_dump(mode="json", exclude=_FREE)),
         "data": [_file_digest(data.path) for data in phase.data],
+        **_ratios(phase),
         "manifests": {name: [content(path) for path in group] for name, group in phase.all_manifests.items()},
         "after": digest(settings_of(config, names[position - 1], content)) if position else _start_digest(config),
     }
@@ -156,6 +157,12 @@ def _model_settings(config: TrainConfig) -> dict[str, Any]:
     model["tokenizer"] = config.model.tokenizer or config.model.language_model
     parts = [part for part in ("language_model", "tokenizer", "vision_tower", "llava") if part in model]
     return {**model, **{part: _content(model[part]) for part in parts}}
+
+
+def _ratios(phase: ResolvedPhase) -> dict[str, list[float]]:
+    """How often an epoch goes through each data file, where that is not once."""
+    ratios = [data.ratio for data in phase.data]
+    return {"ratios": ratios} if set(ratios) != {1.0} else {}
 
 
 def _file_digest(path: str) -> str:

@@ -101,6 +101,19 @@ def test_inputs_are_compared_by_content(config: TrainConfig, tmp_path: Path) -> 
         checkpoints.check_fits(newest, checkpoints.settings_of(same, "pretrain"))
 
 
+def test_the_ratio_of_a_file_is_a_setting(config: TrainConfig) -> None:
+    """Another one is another order of other samples, from the records of the very same file."""
+    write(config, "pretrain", 2)
+    newest = checkpoints.newest(config.phase_folder("pretrain"))
+    assert newest is not None
+    (data,) = config.phases[0].data
+    once = changed(config, data=[{**data.model_dump(mode="json"), "ratio": 1}])
+    checkpoints.check_fits(newest, checkpoints.settings_of(once, "pretrain"))
+    half = changed(config, data=[{**data.model_dump(mode="json"), "ratio": 0.5}])
+    with pytest.raises(TrainingStopped, match=r"other settings \(ratios: \(absent\) -> \[0\.5\]\)"):
+        checkpoints.check_fits(newest, checkpoints.settings_of(half, "pretrain"))
+
+
 def test_other_versions_are_named(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
     path = write(config, "pretrain", 1)
     marker = json.loads((path / checkpoints.MARKER).read_text())
