@@ -70,6 +70,8 @@ class Checkpoint:
     world: int
     settings: dict[str, Any]
     versions: dict[str, str]
+    samples: dict[str, Any] | None = None
+    """How many samples the phase has and their digest, see `Samples.identity`; None in checkpoints of earlier versions."""
 
     @property
     def weights(self) -> Path:
@@ -94,7 +96,13 @@ def _read(path: Path) -> Checkpoint:
     try:
         marker = json.loads((path / MARKER).read_bytes())
         return Checkpoint(
-            path, marker["step"], marker["final"], marker["world_size"], marker["settings"], marker["versions"]
+            path=path,
+            step=marker["step"],
+            final=marker["final"],
+            world=marker["world_size"],
+            settings=marker["settings"],
+            versions=marker["versions"],
+            samples=marker.get("samples"),
         )
     except (ValueError, KeyError) as error:
         raise TrainingStopped(
@@ -211,6 +219,20 @@ def check_fits(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
         )
 
 
+def check_samples(checkpoint: Checkpoint, samples: dict[str, Any]) -> None:
+    """Raise TrainingStopped unless `checkpoint` was trained on these samples: others would stand in another order.
+
+    The settings do not tell: they hold the records, and not the pictures for which some of those are left out.
+    """
+    before = checkpoint.samples
+    if before is not None and before != samples:
+        raise TrainingStopped(
+            f"{checkpoint.path} was made with {before['count']} samples, and those that can be used now ({samples['count']}) "
+            "are others: bring pictures that are missing or changed back, and take away those that were missing then (what "
+            "is left out stands above); or choose another output"
+        )
+
+
 def name_other_versions(checkpoint: Checkpoint) -> None:
     """Warn where other packages go on with `checkpoint`. No error: whoever updates cannot always go back."""
     differing = differing_keys(checkpoint.versions, _versions(VERSIONED))
@@ -235,7 +257,15 @@ def unfinished_name(step: int) -> str:
 
 
 def commit(
-    folder: Path, step: int, *, final: bool, world: int, settings: dict[str, Any], config: TrainConfig, keep_last: int
+    folder: Path,
+    step: int,
+    *,
+    final: bool,
+    world: int,
+    settings: dict[str, Any],
+    config: TrainConfig,
+    keep_last: int,
+    samples: dict[str, Any] | None = None,
 ) -> Path:
     """Make the unfinished checkpoint of `step` complete, and remove all but the newest `keep_last`. Rank 0 only.
 
@@ -247,6 +277,7 @@ def commit(
         "final": final,
         "world_size": world,
         "settings": settings,
+        "samples": samples,
         "config": redact(config.model_dump(mode="json")),
         "versions": _versions(VERSIONED),
     }

@@ -84,6 +84,10 @@ def run_phase(
         check_same_samples(prepared.samples, ranks)
         if prepared.held_out:
             check_same_samples(prepared.held_out.samples, ranks)
+    identity = prepared.samples.identity() if ranks.rank == 0 else None
+    with ranks.together():
+        if newest is not None and identity is not None:
+            checkpoints.check_samples(newest, identity)
     describe(config, phase, prepared, ranks, last_step)
 
     model, plan = prepared.model, prepared.plan
@@ -133,7 +137,7 @@ def run_phase(
                 metrics.add_validation(validation)
             stop = stopper.after_step(ranks)
             if stop is not None or step % config.save_every == 0 or step == plan.steps:
-                save(config, phase, settings, engine, prepared, step)
+                save(config, phase, settings, engine, prepared, step, identity)
             if stop is not None and not (step == plan.steps and phase.name == config.phases[-1].name):
                 log.info("phase %s: %s, so it ends after step %d, which is saved", phase.name, stop.reason, step)
                 return stop
@@ -147,6 +151,7 @@ def save(
     engine: Engine,
     prepared: Prepared,
     step: int,
+    identity: dict[str, Any] | None,
 ) -> None:
     """Write the checkpoint of a step. Collective; complete only when every rank has written its part."""
     folder, ranks = config.phase_folder(phase.name), engine.ranks
@@ -164,6 +169,7 @@ def save(
                 settings=settings,
                 config=config,
                 keep_last=config.keep_last,
+                samples=identity,
             )
 
 

@@ -6,11 +6,13 @@ so a run never trips over it a day later. The same files give the same samples o
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +62,15 @@ class Samples:
         """Ids and supervision of one sample, images not expanded."""
         span = slice(self.token_start[index], self.token_start[index + 1])
         return self.ids[span], self.supervised[span]
+
+    def identity(self) -> dict[str, Any]:
+        """How many samples there are, and a digest of their tokens and images in their order, wherever the files lie."""
+        hashed = hashlib.sha256()
+        for values in (self.ids, self.supervised, self.token_start, self.image_start, self.image_tokens[self.images]):
+            hashed.update(np.ascontiguousarray(values).data)
+        for image in self.images.tolist():
+            hashed.update(f"{self.pictures.ids[image]}\0".encode(errors="surrogatepass"))
+        return {"count": len(self), "digest": hashed.hexdigest()}
 
     def images_of(self, index: int) -> NDArray[np.int64]:
         """Indices into `pictures` of one sample's images, in the order of their tokens."""
