@@ -219,6 +219,16 @@ def check_fits(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
         )
 
 
+def check_model(config: TrainConfig, settings: dict[str, Any]) -> None:
+    """Raise TrainingStopped if the model's folders no longer hold what they did when `settings` were made."""
+    differing = differing_keys({"model": settings["model"]}, {"model": _model_settings(config)})
+    if differing:
+        raise TrainingStopped(
+            f"the model is another than when the run was started ({'; '.join(differing[:4])}): restore it, or choose "
+            "another output"
+        )
+
+
 def check_samples(checkpoint: Checkpoint, samples: dict[str, Any]) -> None:
     """Raise TrainingStopped unless `checkpoint` was trained on these samples: others would stand in another order.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from manifests.errors import AsvrError, InputError, RecipeError
 from manifests.reader import open_manifest
@@ -36,9 +37,14 @@ class PhaseData:
 
 @dataclass
 class Ahead:
-    """What `load_ahead` has made, by phase, and the error that stopped it, if one did."""
+    """What `load_ahead` has made, by phase, and the error that stopped it, if one did.
+
+    settings are `checkpoint.settings_of` the phases in `phases` as they were read: when their turn comes, days later,
+    records and manifests may have become others, which are not what they train on.
+    """
 
     phases: dict[str, PhaseData] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     error: AsvrError | None = None
 
 
@@ -51,9 +57,11 @@ def load_ahead(config: TrainConfig) -> Ahead:
     try:
         for phase in (config.phase(own.name) for own in config.phases):
             newest = checkpoints.newest(config.phase_folder(phase.name))
+            settings = checkpoints.settings_of(config, phase.name)
             if newest is not None:  # in vain, if it is not the checkpoint of this configuration
-                checkpoints.check_fits(newest, checkpoints.settings_of(config, phase.name))
+                checkpoints.check_fits(newest, settings)
             if newest is None or not newest.final:
+                ahead.settings[phase.name] = settings
                 ahead.phases[phase.name] = load_data(config, phase)
     except AsvrError as error:
         ahead.error = error

@@ -53,7 +53,8 @@ def run(config: TrainConfig, report: Callable[[AsvrError], None], stopper: Stopp
                 if ranks.rank == 0:
                     stack.enter_context(Store.open(config.output).lease("train"))
             for phase in config.phases:
-                stop = run_phase(config, config.phase(phase.name), ranks, ahead.phases.pop(phase.name, None), stopper)
+                own, settings = ahead.phases.pop(phase.name, None), ahead.settings.get(phase.name)
+                stop = run_phase(config, config.phase(phase.name), ranks, own, stopper, settings)
                 gc.collect()  # the engine and its model hold on to each other
                 if stop is not None:
                     return stop
@@ -67,12 +68,20 @@ def run(config: TrainConfig, report: Callable[[AsvrError], None], stopper: Stopp
 
 
 def run_phase(
-    config: TrainConfig, phase: ResolvedPhase, ranks: Ranks, data: PhaseData | None, stopper: Stopper
+    config: TrainConfig,
+    phase: ResolvedPhase,
+    ranks: Ranks,
+    data: PhaseData | None,
+    stopper: Stopper,
+    settings: dict[str, Any] | None = None,
 ) -> Stop | None:
-    """Train one phase to its end, from its newest checkpoint if it has one; or until `stopper` says so. Collective."""
+    """Train one phase to its end, from its newest checkpoint if it has one; or until `stopper` says so. Collective.
+
+    `data` and `settings`: as `load_ahead` gives them, if they are there.
+    """
     folder = config.phase_folder(phase.name)
     with ranks.together():
-        settings, newest = find_start(config, phase, ranks)
+        settings, newest = find_start(config, phase, ranks, settings)
     last_step = ranks.from_first(newest.step if newest else 0)
     written_by = ranks.from_first(newest.world if newest else ranks.world)
     if ranks.from_first(int(newest is not None and newest.final)):
@@ -180,18 +189,22 @@ def is_due(phase: ResolvedPhase, step: int, last: int) -> bool:
 
 
 def find_start(
-    config: TrainConfig, phase: ResolvedPhase, ranks: Ranks
+    config: TrainConfig, phase: ResolvedPhase, ranks: Ranks, settings: dict[str, Any] | None
 ) -> tuple[dict[str, Any], checkpoints.Checkpoint | None]:
     """What decides the phase's numbers, and the checkpoint it goes on from, None for its beginning.
 
-    Only rank 0 looks: the others get nothing, and need nothing.
+    `settings`: as `load_ahead` gives them, if they are there. Only rank 0 looks: the others get nothing, and need nothing.
 
-    Raises TrainingStopped if that checkpoint does not fit this configuration.
+    Raises TrainingStopped if that checkpoint does not fit this configuration, or if the model, of which nothing is read
+    ahead, is another than at the start of the run.
     """
     if ranks.rank != 0:
         return {}, None
     folder = config.phase_folder(phase.name)
-    settings = checkpoints.settings_of(config, phase.name)
+    if settings is None:
+        settings = checkpoints.settings_of(config, phase.name)
+    else:
+        checkpoints.check_model(config, settings)
     checkpoints.remove_unfinished(folder)
     newest = checkpoints.newest(folder)
     if newest is not None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
+import tiny_set
 
 from manifests.errors import TrainingStopped
 from train_stage import checkpoint as checkpoints
-from train_stage.config import TrainConfig
+from train_stage import run as runs
+from train_stage.config import ModelConfig, ResolvedPhase, TrainConfig
+from train_stage.phase_data import load_ahead
 from train_stage.ranks import Ranks
 from train_stage.run import run_phase
-from train_stage.stopping import Stopper
+from train_stage.stopping import Stop, Stopper
 
 
 @pytest.fixture
@@ -50,3 +56,51 @@ def test_a_checkpoint_that_does_not_know_its_samples_is_taken(config: TrainConfi
     del known["samples"]
     marker.write_text(json.dumps(known))
     assert run_phase(config, phase, ranks, None, Stopper()) is None
+
+
+def run_with(
+    between: Callable[[], object], config: TrainConfig, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """So many steps of a run of two phases; `between` happens before the second one."""
+
+    def phase_by_phase(config: TrainConfig, phase: ResolvedPhase, *more: Any) -> Stop | None:
+        if phase.name == "instruct":
+            between()
+        return run_phase(config, phase, *more)
+
+    monkeypatch.setattr(runs, "run_phase", phase_by_phase)
+    monkeypatch.setattr(runs, "join_ranks", lambda _timeout: ranks)
+    monkeypatch.setattr(runs, "leave_ranks", lambda: None)
+    assert runs.run(config, lambda _error: None, Stopper(max_steps=steps)) is not None
+
+
+def test_a_manifest_that_is_replaced_between_phases_is_not_what_the_second_was_trained_on(
+    tmp_path: Path, tiny_model: Callable[[], ModelConfig], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run reads all of its data when it starts."""
+    monkeypatch.setenv("ASVR_CACHE", str(tmp_path / "cache"))
+    made = tiny_run.make_config(tmp_path, tiny_model())
+    ids = sorted(path.name for path in (tmp_path / "images").iterdir())
+    tiny_set.save_manifest(tmp_path / "other", tmp_path / "images", ids)
+    second = made.phases[1].model_copy(update={"manifests": (str(tmp_path / "other"),)})
+    config = made.model_copy(update={"phases": (made.phases[0], second)})
+
+    def replace() -> None:
+        """As `asvr tokenize --replace`: what the old manifest names stays beside the new one."""
+        tiny_set.save_manifest(tmp_path / "new", tmp_path / "images", ids, code_seed=9)
+        shutil.copytree(tmp_path / "new", tmp_path / "other", dirs_exist_ok=True)
+
+    run_with(replace, config, ranks, monkeypatch, steps=5)
+    error = load_ahead(config).error
+    assert isinstance(error, TrainingStopped)
+    assert "manifests: other codes or features" in str(error)
+
+
+def test_a_model_that_is_replaced_between_phases_ends_the_run(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each phase reads it anew: the second would train another language model and say that it was the first."""
+    monkeypatch.setenv("ASVR_CACHE", str(tmp_path / "cache"))
+    config = tiny_run.make_config(tmp_path, tiny_run.make_models(tmp_path))
+    with pytest.raises(TrainingStopped, match=r"the model is another .*\(model\.language_model: "):
+        run_with(lambda: (tmp_path / "llama" / "more.json").write_text("{}"), config, ranks, monkeypatch, steps=5)
