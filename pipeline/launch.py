@@ -164,13 +164,18 @@ def export(run: Path, output: Path | None = None, *, config: TrainConfig | None 
 
 
 def until_phase(config: TrainConfig, phase: str | None) -> TrainConfig:
-    """`config` without the phases after `phase`, which changes nothing for those that stay."""
+    """`config` without the phases after `phase`, which changes nothing for those that stay.
+
+    And without an evaluation on what the last phase is validated on, if the last one that stays has no such data.
+    """
     if phase is None:
         return config
     names = [each.name for each in config.phases]
     if phase not in names:
         raise RecipeError(f"--phase {phase}: the recipe's phases are {', '.join(names)}")
-    return config.model_copy(update={"phases": config.phases[: names.index(phase) + 1]})
+    phases = config.phases[: names.index(phase) + 1]
+    has_data = config.eval is not None and (config.eval.data or phases[-1].validation)
+    return config.model_copy(update={"phases": phases, "eval": config.eval if has_data else None})
 
 
 def _check_resumable(config: TrainConfig) -> None:

@@ -16,6 +16,7 @@ from manifests.errors import EnvironmentProblem, LeaseHeld, RankLost, RecipeErro
 from manifests.storage import Store
 from pipeline import extras, launch
 from pipeline.ranks import RankError, run_ranks
+from train_stage.__main__ import read_config
 from train_stage.checkpoint import MARKER, settings_of
 from train_stage.config import TrainConfig
 
@@ -189,6 +190,19 @@ def test_phases_after_the_one_asked_for_are_left_out(tmp_path: Path) -> None:
     assert launch.until_phase(whole, "instruct") == whole
     with pytest.raises(RecipeError, match=r"^--phase align: the recipe's phases are pretrain, instruct$"):
         launch.until_phase(whole, "align")
+
+
+def test_ranks_can_read_what_is_left_of_a_run_that_is_evaluated_on_its_last_phase_s_data(tmp_path: Path) -> None:
+    """`eval: {}` means the validation data of the last phase, which an earlier phase need not have."""
+    values = config(tmp_path).model_dump(mode="json")
+    values["phases"][1]["validation"] = {"data": values["phases"][1]["data"]}
+    whole = TrainConfig.model_validate({**values, "eval": {}})
+    path = launch.write_config(launch.until_phase(whole, "pretrain"))
+    assert read_config(path).eval is None
+    assert launch.until_phase(whole, "instruct") == whole
+    values["phases"][0]["validation"] = values["phases"][1]["validation"]
+    both = TrainConfig.model_validate({**values, "eval": {"limit": 3}})
+    assert launch.until_phase(both, "pretrain").eval == both.eval
 
 
 def test_the_environment_finds_the_compiled_operations() -> None:
