@@ -41,6 +41,9 @@ TemplateName = Literal["plain", "vicuna_v1", "mistral", "llama3", "qwen2", "toke
 PRETRAIN = "pretrain"
 """The phase name that has LLaVA-1.5's defaults of feature alignment; any other name has those of instruction tuning."""
 
+RUN_NAMES = frozenset({"config.json", "eval", "export", "export.tmp", "report.html"})
+"""What a run's folder holds beside its phases."""
+
 MANIFESTS = "manifests"
 """The group of a phase's own manifests beside those of its terms, which therefore cannot have this name."""
 
@@ -335,6 +338,9 @@ class TrainConfig(Strict):
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phase names are folders of the run and must differ, but are {', '.join(names)}")
+        taken = next((name for name in names if name in RUN_NAMES), None)
+        if taken is not None:
+            raise ValueError(f"a phase cannot be called {taken}, a name that something else in the run's folder has")
         return self
 
     @model_validator(mode="after")

@@ -91,6 +91,7 @@ def test_json_gives_the_same_configuration_back() -> None:
             {"phases": [phase(objective={"kind": "denoise", "manifests": ["v"], "width": 6, "heads": 2})]},
             "multiple of 4",
         ),
+        ({"phases": [phase(name="export")]}, "a phase cannot be called export, a name that something else in the run"),
         ({"phases": [phase(name="../up")]}, "String should match pattern"),
         ({"epoch": 1}, "Extra inputs are not permitted"),
     ],
