@@ -98,6 +98,16 @@ DECIDING = frozenset(
 )
 """Settings that are passed on and may change numbers."""
 
+SECTIONS = ("zero_optimization", "tensorboard", "csv_monitor", "wandb", "comet")
+"""Settings whose values are settings themselves, which this trainer looks into."""
+
+UNFIT: dict[str, str] = {
+    "legacy_stage1": "is of DeepSpeed 0.5",
+    "stage3_module_granularity_threshold": "changes which weights are gathered together, which is settled here so that ranks "
+    "with different samples do not wait for each other",
+}
+"""Settings of `zero_optimization` with which a run would stop in its first step, and why."""
+
 STAGES = (1, 2, 3)
 
 
@@ -117,9 +127,20 @@ def check(settings: dict[str, Any]) -> None:
             near = difflib.get_close_matches(key, WATCHING | DECIDING, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(WATCHING | DECIDING))}"
             raise ValueError(f"deepspeed.{key} is no setting that DeepSpeed reads: {hint}")
+    flat = next((key for key in SECTIONS if not isinstance(settings.get(key, {}), dict)), None)
+    if flat is not None:
+        raise ValueError(f"deepspeed.{flat} is a mapping of settings, not {settings[flat]!r}")
     zero = settings.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 1) not in STAGES:
+    if zero.get("stage", 1) not in STAGES:
         raise ValueError("deepspeed.zero_optimization.stage is 1, 2 or 3")
+    for key, reason in UNFIT.items():
+        if zero.get(key):
+            raise ValueError(f"deepspeed.zero_optimization.{key} {reason}; remove it")
+    if zero.get("overlap_comm") and stage_of(settings) == 1:
+        raise ValueError(
+            "deepspeed.zero_optimization.overlap_comm is for stages 2 and 3, because gradients of stage 1 are summed once, at the "
+            "end of a step; remove it"
+        )
 
 
 def that_decide(settings: dict[str, Any]) -> dict[str, Any]:

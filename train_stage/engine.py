@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from manifests.atomic import make_folder, storage_errors
-from manifests.errors import StorageError, TrainingStopped
+from manifests.errors import RecipeError, StorageError, TrainingStopped
 from train_stage import deepspeed_repairs as repairs
 from train_stage.config import Part, ResolvedPhase, TrainConfig
 from train_stage.deepspeed_process import load_communication_op, quiet
@@ -117,6 +117,7 @@ class Engine:
         load_communication_op()
         with quiet():
             import deepspeed
+            from deepspeed.runtime.config import DeepSpeedConfigError
 
             groups = parameter_groups(model, phase)
             self._rates = [group["lr"] / phase.lr for group in groups]
@@ -135,6 +136,13 @@ class Engine:
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
             except ValidationError as error:
                 raise refused_setting(error) from error
+            except (DeepSpeedConfigError, AssertionError, ValueError) as error:
+                if not config.deepspeed:
+                    raise
+                given = ", ".join(config.deepspeed)
+                raise RecipeError(
+                    f"DeepSpeed refuses its settings, of which the recipe gives {given}: {str(error).splitlines()[0]}"
+                ) from error
             if self._stage == 3:
                 newline = image_newline(model.llava)
                 for parameter in (*model.llava.lm_head.parameters(), *([] if newline is None else [newline])):

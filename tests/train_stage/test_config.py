@@ -51,6 +51,13 @@ def test_json_gives_the_same_configuration_back() -> None:
         ({"deepspeed": {"optimizer": {}}}, "deepspeed.optimizer is derived from"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "deepspeed.bf16 is derived from precision"),
         ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "stage is 1, 2 or 3"),
+        ({"deepspeed": {"csv_monitor": True}}, "deepspeed.csv_monitor is a mapping of settings, not True"),
+        ({"deepspeed": {"zero_optimization": 3}}, "deepspeed.zero_optimization is a mapping of settings, not 3"),
+        ({"deepspeed": {"zero_optimization": {"overlap_comm": True}}}, "overlap_comm is for stages 2 and 3"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 1}}},
+            "is settled here",
+        ),
         (
             {"deepspeed": {"zero_optimization": {"stage": 3}}, "compile_layers": True},
             "compile_layers is for layers that",

@@ -209,10 +209,21 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_one_sentence(
     engine.close()
 
 
-def test_a_setting_that_deepspeed_does_not_know_is_named(config: TrainConfig, ranks: Ranks) -> None:
-    config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stag": 1}}})
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"zero_optimization": {"stag": 1}}, r"DeepSpeed refuses stag "),
+        ({"communication_data_type": "float16"}, r"gives communication_data_type: Invalid communication_data_type"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, r"gives zero_optimization: MiCS .* been removed"),
+    ],
+    ids=["unknown", "value", "removed"],
+)
+def test_what_deepspeed_refuses_is_one_sentence(
+    config: TrainConfig, ranks: Ranks, settings: dict, sentence: str
+) -> None:
+    config = config.model_copy(update={"deepspeed": settings})
     phase = config.phase("instruct")
-    with pytest.raises(RecipeError, match=r"DeepSpeed refuses stag "):
+    with pytest.raises(RecipeError, match=sentence):
         Engine(prepare(config, phase).model, config, phase, ranks)
 
 
