@@ -21,7 +21,7 @@ from manifests.schema import Geometry
 from manifests.storage import Store
 from train_stage.chat import BadSample, ChatEncoder
 from train_stage.checkpoint import check_fits, newest, settings_of, start_of
-from train_stage.config import ResolvedPhase, TrainConfig
+from train_stage.config import INPUT_CODES, VISION_FEATURES, ResolvedPhase, TrainConfig
 from train_stage.cost import Part, count_parts, flop_model, kept
 from train_stage.flops import Work
 from train_stage.image_tokens import ImageTokens
@@ -32,9 +32,11 @@ from train_stage.phase_data import phase_geometry
 from train_stage.plan import make_plan
 from train_stage.prepare import target_of
 from train_stage.shapes import meta_model
+from train_stage.stored_features import check_spec
 from train_stage.tables import Tables
 from train_stage.tokenizer import load_tokenizer
-from train_stage.tower import tower_grid
+from train_stage.tower import read_pixel_norm, tower_grid
+from train_stage.validation import validation_phase, validation_tables
 
 LOOKED_AT = 256
 """Records of each file whose length is measured; the others are only counted."""
@@ -109,6 +111,7 @@ def check(config: TrainConfig, fleet: Fleet) -> Report:
     encoder = None if tokenizer is None else ChatEncoder(tokenizer, config.model.image_token)
     if config.init_from is not None:
         report.attempt(lambda: start_of(config))
+    _check_evaluation(config, report)
     carried = 0
     for each in config.phases:
         phase = config.phase(each.name)
@@ -125,19 +128,29 @@ def _check_phase(
 ) -> PhaseReport | None:
     tables = {name: report.attempt(lambda p=paths: _open(p)) for name, paths in phase.all_manifests.items()}  # type: ignore[misc]
     there = _check_paths(phase, report)
+    validated = phase.validation is None or _check_paths(validation_phase(phase, phase.validation), report)
     opened = {name: own for name, own in tables.items() if own is not None}
     if len(opened) < len(tables):
         return None
     geometry = report.attempt(lambda: phase_geometry(phase, opened))
     if geometry is None:
         return None
-    predicted = [term.name for term in phase.terms if term.name in opened]
+    if phase.validation is not None:
+        report.attempt(lambda: _check_validation_manifests(phase, opened))
+    predicted = [name for name in (*(term.name for term in phase.terms), INPUT_CODES) if name in opened]
     # Reads the codebooks, and with them compares their hash.
     targets = report.attempt(lambda: {name: target_of(opened[name]) for name in predicted})
     model = None if targets is None else report.attempt(lambda: meta_model(config.model, phase, targets, geometry))
-    if model is None or encoder is None or not there:
+    if model is None:
         return None
     grid = tower_grid(model.vision_tower.config, geometry.size)
+    if VISION_FEATURES in opened:
+        report.attempt(lambda: _check_features(config, model, grid, opened[VISION_FEATURES]))
+    if encoder is not None and phase.validation is not None and validated:
+        held_out = validation_phase(phase, phase.validation)
+        report.attempt(lambda: _measure(held_out, encoder, ImageTokens(geometry, grid), report))
+    if encoder is None or not there:
+        return None
     lengths = report.attempt(lambda: _measure(phase, encoder, ImageTokens(geometry, grid), report))
     _check_limits(phase, model, grid, report)
     if lengths is None or not lengths.tokens:
@@ -151,6 +164,18 @@ def _open(paths: tuple[str, ...]) -> Tables:
     for manifest in tables.manifests:
         manifest.check_index()
     return tables
+
+
+def _check_validation_manifests(phase: ResolvedPhase, opened: dict[str, Tables]) -> None:
+    if phase.validation is not None:
+        for tables in validation_tables(phase, phase.validation, opened).values():
+            for manifest in tables.manifests:
+                manifest.check_index()
+
+
+def _check_features(config: TrainConfig, model: AsvrModel, grid: tuple[int, int], stored: Tables) -> None:
+    model.pixel_norm = read_pixel_norm(config.model.vision_tower)
+    check_spec(stored.spec, model, grid, stored.where)
 
 
 def _check_checkpoint(config: TrainConfig, phase: ResolvedPhase) -> None:
@@ -170,6 +195,19 @@ def _check_paths(phase: ResolvedPhase, report: Report) -> bool:
         if store is not None and store.is_local and not Path(store.location).is_dir():
             report.note(f"phase {phase.name}: there is no image root {data.image_root}")
     return there
+
+
+def _check_evaluation(config: TrainConfig, report: Report) -> None:
+    """Note what `asvr eval`, and `asvr run` at its end, will look for; the run starts without it."""
+    own = config.eval
+    for data in own.data if own else ():
+        if not Path(data.path).is_file():
+            report.notes.append(f"eval: there is no data file {data.path}")
+    for path in own.manifests if own else ():
+        try:
+            open_manifest(path)
+        except AsvrError as error:
+            report.notes.append(f"eval: {error}")
 
 
 def _check_limits(phase: ResolvedPhase, model: AsvrModel, grid: tuple[int, int], report: Report) -> None:

@@ -12,7 +12,8 @@ from manifests.errors import InputError
 from manifests.schema import Geometry
 from train_stage import tower
 from train_stage.build import assemble
-from train_stage.config import ModelConfig, ResolvedPhase
+from train_stage.config import INPUT_CODES, ModelConfig, ResolvedPhase
+from train_stage.discrete_input import show_codes
 from train_stage.lora import add_adapters
 from train_stage.model import AsvrModel
 from train_stage.objectives import Surroundings, Target, build_objectives
@@ -31,7 +32,10 @@ def read_shape(location: str, what: str) -> PreTrainedConfig:
 def meta_model(
     model: ModelConfig, phase: ResolvedPhase, targets: Mapping[str, Target], geometry: Geometry
 ) -> AsvrModel:
-    """The phase's model without weights, what it trains marked; InputError if its parts do not fit each other."""
+    """The phase's model without weights, what it trains marked; InputError if its parts do not fit each other.
+
+    `targets`: by the name of a term what its manifests say of them, and of the codes that are shown under `INPUT_CODES`.
+    """
     text = read_shape(model.language_model, "model.language_model")
     if model.llava is not None:
         text = text.text_config
@@ -57,6 +61,9 @@ def meta_model(
         objectives: nn.ModuleDict = build_objectives(phase.terms, targets, around)
     made = AsvrModel(llava, objectives, tower.PixelNorm((0.5,) * 3, (0.5,) * 3))
     made.reads_features = bool(phase.vision_features)
+    if INPUT_CODES in targets:
+        with torch.device("meta"):
+            show_codes(made, targets[INPUT_CODES], around.grid, seed=0)
     set_trainable(made, set(phase.trainable))
     if phase.lora is not None:
         add_adapters(made, phase.lora, seed=0)

@@ -91,7 +91,6 @@ def load_tower(location: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pixe
         config = AutoConfig.from_pretrained(location)
         model_class = FULL_MODELS.get(config.model_type, AutoModel)
         tower, info = model_class.from_pretrained(location, dtype=dtype, output_loading_info=True)
-        processor = AutoImageProcessor.from_pretrained(location, backend="pil")
     except (OSError, ValueError) as error:
         raise _no_tower(location, error) from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(layout.unused))
@@ -100,8 +99,16 @@ def load_tower(location: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pixe
             f"the vision tower in {location} lacks {len(missing)} weights, the first of them {missing[0]}; "
             "training on random ones would go unnoticed, so repair the folder"
         )
-    norm = PixelNorm(tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std)))
-    return tower, norm
+    return tower, read_pixel_norm(location)
+
+
+def read_pixel_norm(location: str) -> PixelNorm:
+    """The normalisation that a tower's preprocessor_config.json states; InputError as `load_tower`."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(location, backend="pil")
+    except (OSError, ValueError) as error:
+        raise _no_tower(location, error) from error
+    return PixelNorm(tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std)))
 
 
 def read_tower_config(location: str) -> PreTrainedConfig:
