@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
-from manifests.errors import AsvrError, InputError, RankLost
+from manifests.errors import AsvrError, EnvironmentProblem, InputError, RankLost
 from manifests.fingerprint import digest
 from manifests.storage import Store
 from train_stage import checkpoint as checkpoints
@@ -104,9 +105,9 @@ def run_phase(
     own_lr = {str(part): rate / phase.lr for part, rate in phase.part_lr.items()}
     meter = Meter.of(flops, ranks.world, ranks.device, config.precision, own_lr)
     schedule = Schedule(phase.lr, plan.steps, phase.warmup_ratio)
-    with ranks.together():
+    with ranks.together(), enough_memory(phase, ranks):
         engine = Engine(model, config, phase, ranks, written_by=written_by)
-    with ExitStack() as stack:
+    with enough_memory(phase, ranks), ExitStack() as stack:
         stack.callback(engine.close)
         if last_step:
             engine.load(folder / f"step_{last_step}")
@@ -151,6 +152,19 @@ def run_phase(
                 log.info("phase %s: %s, so it ends after step %d, which is saved", phase.name, stop.reason, step)
                 return stop
     return None
+
+
+@contextmanager
+def enough_memory(phase: ResolvedPhase, ranks: Ranks) -> Iterator[None]:
+    """EnvironmentProblem for what torch says of a full GPU in a block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentProblem(
+            f"the GPU of rank {ranks.rank} has too little memory for phase {phase.name} with micro_batch_tokens "
+            f"{phase.micro_batch_tokens}: lower that (max_length is its least), set recompute_activations, cut more with a "
+            "higher ZeRO stage or over more GPUs, or offload the optimizer; asvr train --check estimates what each takes"
+        ) from error
 
 
 def save(

@@ -10,7 +10,8 @@ import pytest
 import tiny_run
 import torch
 
-from manifests.errors import InputError, RecipeError, StorageError, TrainingStopped
+from manifests.errors import EnvironmentProblem, InputError, RecipeError, StorageError, TrainingStopped
+from train_stage import run as runs
 from train_stage.batch import count_text_targets
 from train_stage.config import TrainConfig
 from train_stage.engine import BETAS, EPSILON, Engine, deepspeed_settings, parameter_groups
@@ -19,6 +20,7 @@ from train_stage.loop import Schedule, train_step
 from train_stage.metrics import StepMetrics
 from train_stage.prepare import Prepared, prepare
 from train_stage.ranks import Ranks
+from train_stage.stopping import Stopper
 
 
 @pytest.fixture
@@ -181,6 +183,22 @@ def test_a_picture_that_changed_stops_the_step_that_needs_it(config: TrainConfig
     with pytest.raises(InputError, match=r"is not the picture that was tokenized"):
         one_step(engine, prepared, collected_steps(prepared, 1)[0])
     engine.close()
+
+
+@pytest.mark.parametrize("place", ["train_step", "validate", "Engine"])
+def test_a_full_gpu_is_one_sentence(
+    config: TrainConfig, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(runs, place, full)
+    held_out = {"data": [data.model_dump(mode="json") for data in config.phases[0].data], "every": 1}
+    values = config.model_dump(mode="json")
+    values["phases"][0]["validation"] = held_out
+    config = TrainConfig.model_validate(values)
+    with pytest.raises(EnvironmentProblem, match=r"GPU of rank 0 .* phase instruct with micro_batch_tokens 500: lower"):
+        runs.run_phase(config, config.phase("instruct"), ranks, None, Stopper())
 
 
 def test_a_full_disk_and_a_damaged_checkpoint_are_one_sentence(
