@@ -16,11 +16,11 @@ from manifests.messages import IMAGE
 from manifests.records import BadRecord, Record, image_id_of, read_records
 from pipeline.evaluated import ANSWERS, FOLDER, MADE_FROM, RESULTS, held_out_of, made_from_run, records_digests
 from pipeline.extras import needs
-from pipeline.launch import CONFIG_NAME
 from pipeline.progress import ProgressLine
+from train_stage.config import CONFIG_NAME, TrainConfig
 
 if TYPE_CHECKING:
-    from train_stage.config import TrainConfig, ValidationConfig
+    from train_stage.config import ValidationConfig
     from train_stage.evaluate import Answer, Question
 
 log = logging.getLogger(__name__)

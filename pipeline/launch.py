@@ -10,10 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from manifests.errors import EXIT_CODES, AsvrError, EnvironmentProblem, RankLost, RecipeError, TrainingStopped
 from manifests.local_store import LocalStore
@@ -21,9 +20,7 @@ from pipeline.console import plain, write_line
 from pipeline.extras import needs, require
 from pipeline.launchers import Launcher, find_program
 from pipeline.ranks import RankError, run_program, run_ranks
-
-if TYPE_CHECKING:
-    from train_stage.config import TrainConfig
+from train_stage.config import CONFIG_NAME, TrainConfig, config_bytes
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +41,6 @@ class Limits:
 
 
 UNLIMITED = Limits()
-
-CONFIG_NAME = "config.json"
-"""The resolved configuration in the run's folder, which every rank reads."""
 
 
 def train(
@@ -90,12 +84,13 @@ def train(
         return 0
     _check_resumable(config)
     if launcher.program == "local":
-        path = write_config(config)
+        write_config(config)
         try:
-            command = [sys.executable, "-m", "train_stage", str(path), *limits.options()]
-            run_ranks(command, launcher.ranks_here(gpus), environment | {WATCHED: "1"})
+            with _own_copy(config) as path:
+                command = [sys.executable, "-m", "train_stage", str(path), *limits.options()]
+                run_ranks(command, launcher.ranks_here(gpus), environment | {WATCHED: "1"})
         except RankError as failure:
-            return explain(failure, path.parent)
+            return explain(failure, Path(config.output))
     else:
         program, *rest = launcher.command(asvr, gpus=gpus, environment=environment)
         code = run_program([find_program(program, environment), *rest], environment)
@@ -192,7 +187,7 @@ def write_config(config: TrainConfig) -> Path:
     """Write OUTPUT/config.json, whole or not at all, and return its path; LeaseHeld while a run is using it."""
     store = LocalStore(Path(config.output))
     with store.lease("train"):
-        store.write(CONFIG_NAME, (config.model_dump_json(indent=2) + "\n").encode())
+        store.write(CONFIG_NAME, config_bytes(config))
     return store.path(CONFIG_NAME)
 
 
@@ -221,7 +216,7 @@ def count_gpus(environment: dict[str, str]) -> int:
 
 
 def _train_here(config: TrainConfig, environment: dict[str, str], limits: Limits) -> int:
-    """Be the rank that a launcher made of this process. Ranks read a copy of their own: rank 0's is for people."""
+    """Be the rank that a launcher made of this process."""
     os.environ.update(environment)
     from train_stage.__main__ import main
 
@@ -229,10 +224,17 @@ def _train_here(config: TrainConfig, environment: dict[str, str], limits: Limits
         with contextlib.suppress(AsvrError):  # the ranks find it again, and stop together
             _check_resumable(config)
             write_config(config)
+    with _own_copy(config) as path:
+        return main([str(path), *limits.options()])
+
+
+@contextlib.contextmanager
+def _own_copy(config: TrainConfig) -> Iterator[Path]:
+    """A file for ranks to read: that in the run's folder may be another call's until the run has its lease."""
     with tempfile.TemporaryDirectory(prefix="asvr-") as folder:
         path = Path(folder) / CONFIG_NAME
-        path.write_text(config.model_dump_json(), encoding="utf-8")
-        return main([str(path), *limits.options()])
+        path.write_bytes(config_bytes(config))
+        yield path
 
 
 def explain(failure: RankError, run: Path) -> int:

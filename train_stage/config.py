@@ -41,7 +41,10 @@ TemplateName = Literal["plain", "vicuna_v1", "mistral", "llama3", "qwen2", "toke
 PRETRAIN = "pretrain"
 """The phase name that has LLaVA-1.5's defaults of feature alignment; any other name has those of instruction tuning."""
 
-RUN_NAMES = frozenset({"config.json", "eval", "export", "export.tmp", "report.html"})
+CONFIG_NAME = "config.json"
+"""In a run's folder what it is or was trained with, for people and for what comes after training."""
+
+RUN_NAMES = frozenset({CONFIG_NAME, "eval", "export", "export.tmp", "report.html"})
 """What a run's folder holds beside its phases."""
 
 MANIFESTS = "manifests"
@@ -358,3 +361,8 @@ class TrainConfig(Strict):
     def phase_folder(self, name: str) -> Path:
         """Where the checkpoints and metrics of a phase are."""
         return Path(self.output) / name
+
+
+def config_bytes(config: TrainConfig) -> bytes:
+    """What stands in `CONFIG_NAME`."""
+    return (config.model_dump_json(indent=2) + "\n").encode()

@@ -15,7 +15,7 @@ from manifests.errors import AsvrError, EnvironmentProblem, InputError, RankLost
 from manifests.fingerprint import digest
 from manifests.storage import Store
 from train_stage import checkpoint as checkpoints
-from train_stage.config import ResolvedPhase, TrainConfig
+from train_stage.config import CONFIG_NAME, ResolvedPhase, TrainConfig, config_bytes
 from train_stage.cost import flop_model
 from train_stage.deepspeed_process import prepare_environment
 from train_stage.engine import Engine
@@ -52,7 +52,10 @@ def run(config: TrainConfig, report: Callable[[AsvrError], None], stopper: Stopp
             ranks.share_error(ahead.error)
             with ranks.together():
                 if ranks.rank == 0:
-                    stack.enter_context(Store.open(config.output).lease("train"))
+                    store = Store.open(config.output)
+                    stack.enter_context(store.lease("train"))
+                    # Again: until now another call, which is refused by the lease, may have put its own there.
+                    store.write(CONFIG_NAME, config_bytes(config))
             for phase in config.phases:
                 own, settings = ahead.phases.pop(phase.name, None), ahead.settings.get(phase.name)
                 stop = run_phase(config, config.phase(phase.name), ranks, own, stopper, settings)

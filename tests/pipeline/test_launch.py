@@ -137,6 +137,21 @@ def test_a_run_in_progress_keeps_its_configuration(tmp_path: Path) -> None:
     holder.communicate(timeout=30)
 
 
+def test_ranks_read_what_their_own_call_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a run has its lease another call may put its own configuration into the folder, before it is refused."""
+    (tmp_path / "d.json").write_text("[]")
+    own = config(tmp_path)
+    read = []
+
+    def ranks(command: list[str], _count: int, _environment: dict[str, str]) -> None:
+        launch.write_config(own.model_copy(update={"seed": 7}))
+        read.append(read_config(Path(command[3])))
+
+    monkeypatch.setattr(launch, "run_ranks", ranks)
+    launch.train(own)
+    assert read == [own]
+
+
 def save_marker(config: TrainConfig, phase: str, **changes: object) -> None:
     marker = {
         "step": 1,

@@ -13,10 +13,12 @@ import tiny_run
 import tiny_set
 
 from manifests.errors import TrainingStopped
+from pipeline.launch import write_config
 from train_stage import checkpoint as checkpoints
 from train_stage import run as runs
+from train_stage.__main__ import read_config
 from train_stage.config import ModelConfig, ResolvedPhase, TrainConfig
-from train_stage.phase_data import load_ahead
+from train_stage.phase_data import Ahead, load_ahead
 from train_stage.ranks import Ranks
 from train_stage.run import run_phase
 from train_stage.stopping import Stop, Stopper
@@ -104,3 +106,21 @@ def test_a_model_that_is_replaced_between_phases_ends_the_run(
     config = tiny_run.make_config(tmp_path, tiny_run.make_models(tmp_path))
     with pytest.raises(TrainingStopped, match=r"the model is another .*\(model\.language_model: "):
         run_with(lambda: (tmp_path / "llama" / "more.json").write_text("{}"), config, ranks, monkeypatch, steps=5)
+
+
+def test_the_folder_s_configuration_is_that_of_the_run_that_has_the_lease(
+    tmp_path: Path, tiny_model: Callable[[], ModelConfig], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second call, refused when it asks for the lease, has written its own while the first one read its data."""
+    monkeypatch.setenv("ASVR_CACHE", str(tmp_path / "cache"))
+    config = tiny_run.make_config(tmp_path, tiny_model())
+    other = config.model_copy(update={"seed": 7})
+
+    def meanwhile(config: TrainConfig) -> Ahead:
+        ahead = load_ahead(config)
+        write_config(other)
+        return ahead
+
+    monkeypatch.setattr(runs, "load_ahead", meanwhile)
+    run_with(lambda: None, config, ranks, monkeypatch, steps=1)
+    assert read_config(Path(config.output) / "config.json") == config
