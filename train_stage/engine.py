@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
@@ -37,6 +39,9 @@ _TAG = "deepspeed"
 
 _UNIVERSAL = "universal"
 """The folder of a checkpoint in DeepSpeed's form for any number of ranks, made when it is needed."""
+
+_WRITE_REFUSED = re.compile(r"\[Errno (27|28|122)\]|PytorchStreamWriter|unexpected pos")
+"""What the converter's last words hold when a disk or a quota is full: Python's, or torch's own."""
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Of AdamW, as LLaVA-1.5 (the Hugging Face defaults)."""
@@ -244,7 +249,7 @@ def make_universal(folder: Path) -> None:
     """Convert the DeepSpeed checkpoint below `folder` to its universal form, unless that is there already.
 
     In a process of its own, because the converter starts others. Raises TrainingStopped with its last line of error
-    output, and StorageError.
+    output, and StorageError when there is no room for it; nothing of it is left then.
     """
     made, draft = folder / _UNIVERSAL, folder / f"{_UNIVERSAL}.tmp"
     if made.is_dir():
@@ -257,6 +262,15 @@ def make_universal(folder: Path) -> None:
         places = ["--input_folder", str(folder / _TAG), "--output_folder", str(draft)]
         done = subprocess.run([*command, *options, *places], capture_output=True, text=True, check=False)
         if done.returncode:
+            shutil.rmtree(draft, ignore_errors=True)
+            if _WRITE_REFUSED.search(done.stderr):
+                raise OSError("the converted checkpoint could not be written to the end, as when a disk is full")
+            if done.returncode < 0:
+                raise TrainingStopped(
+                    f"converting {folder / _TAG} for another number of ranks was ended by "
+                    f"{signal.Signals(-done.returncode).name}, as when a machine's memory is full: run the command again, or "
+                    "resume with the number that wrote it"
+                )
             reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1][:300]
             raise TrainingStopped(
                 f"DeepSpeed cannot convert {folder / _TAG} for another number of ranks ({reason}): resume with the "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -14,7 +16,7 @@ from manifests.errors import EnvironmentProblem, InputError, RecipeError, Storag
 from train_stage import run as runs
 from train_stage.batch import count_text_targets
 from train_stage.config import TrainConfig
-from train_stage.engine import BETAS, EPSILON, Engine, deepspeed_settings, parameter_groups
+from train_stage.engine import BETAS, EPSILON, Engine, deepspeed_settings, make_universal, parameter_groups
 from train_stage.loader import Collected, collect_steps
 from train_stage.loop import Schedule, train_step
 from train_stage.metrics import StepMetrics
@@ -225,6 +227,30 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_one_sentence(
                 engine.load(tmp_path / "fits")
         (tmp_path / "fits" / "deepspeed" / name).write_bytes(kept)
     engine.close()
+
+
+@pytest.mark.parametrize("shell", ["ulimit -f 2; exec", "kill -9 $$;"], ids=["full", "killed"])
+def test_a_conversion_that_finds_no_room_leaves_nothing_and_does_not_blame_the_checkpoint(
+    config: TrainConfig, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: str
+) -> None:
+    phase = config.phase("instruct")
+    engine = Engine(prepare(config, phase).model, config, phase, ranks)
+    engine.save(tmp_path / "step_2")
+    engine.close()
+    run = subprocess.run
+
+    def confined(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        return run(["bash", "-c", f'{shell} "$@"', "bash", *command], **options)
+
+    monkeypatch.setattr(subprocess, "run", confined)
+    error = StorageError if "ulimit" in shell else TrainingStopped
+    with pytest.raises(error) as stopped:
+        make_universal(tmp_path / "step_2")
+    assert "remove this checkpoint" not in str(stopped.value)
+    assert [path.name for path in (tmp_path / "step_2").iterdir()] == ["deepspeed"]
+    monkeypatch.setattr(subprocess, "run", run)
+    make_universal(tmp_path / "step_2")
+    assert (tmp_path / "step_2" / "universal").is_dir()
 
 
 @pytest.mark.parametrize(
