@@ -6,7 +6,7 @@ All that is wrong or missing is collected, not only the first of it. No weights 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from manifests.errors import AsvrError
 from manifests.reader import open_manifest
-from manifests.records import Record, read_records
+from manifests.records import BadRecord, read_records
 from manifests.schema import Geometry
 from manifests.storage import Store
 from train_stage.chat import BadSample, ChatEncoder
@@ -31,6 +31,7 @@ from train_stage.objectives.codes import POSITIONS, CodesObjective
 from train_stage.phase_data import phase_geometry
 from train_stage.plan import make_plan
 from train_stage.prepare import target_of
+from train_stage.samples import truncate
 from train_stage.shapes import meta_model
 from train_stage.stored_features import check_spec
 from train_stage.tables import Tables
@@ -225,27 +226,42 @@ def _check_limits(phase: ResolvedPhase, model: AsvrModel, grid: tuple[int, int],
 
 
 def _measure(phase: ResolvedPhase, encoder: ChatEncoder, image_tokens: ImageTokens, report: Report) -> Lengths:
-    """Count the records and measure the first of each file, an image taken for one of a view's shape."""
+    """Count the records and measure the first of each file, an image taken for one of a view's shape.
+
+    What cannot be used of them is a problem where it is more than the phase's max_bad_rate allows, else a note.
+    """
     per_image = _tokens_of_an_image(image_tokens)
-    total, tokens, supervised, images = 0.0, [], [], []
+    total, looked_at, bad = 0.0, 0, list[str]()
+    tokens, supervised, images = [], [], []
     for data in phase.data:
-        records: Iterator[object] = iter(read_records(data.path))
-        first = [record for record in islice(records, LOOKED_AT) if isinstance(record, Record)]
-        total += (LOOKED_AT if len(first) == LOOKED_AT else len(first)) * data.ratio
-        total += sum(1 for _ in records) * data.ratio
+        records = iter(read_records(data.path))
+        first = list(islice(records, LOOKED_AT))
+        total += (len(first) + sum(1 for _ in records)) * data.ratio
+        looked_at += len(first)
         pieces, kept = [], []
         for record in first:
             try:
+                if isinstance(record, BadRecord):
+                    raise BadSample("record", record.message)
                 pieces.append(encoder.pieces(phase.template, record.conversations, len(record.images)))
                 kept.append(len(record.images))
-            except BadSample as bad:
-                report.note(
-                    f"phase {phase.name}: a record of {data.path} does not fit template {phase.template}: {bad}"
-                )
+            except BadSample as reason:
+                bad.append(f"a record of {data.path} does not fit template {phase.template}: {reason}")
         for encoded, count in zip(encoder.encode(pieces), kept, strict=True):
-            tokens.append(min(len(encoded.ids) + count * (per_image - 1), phase.max_length))
-            supervised.append(int(encoded.supervised[1:].sum()))
+            try:
+                whole, length = truncate(encoded, encoder.image_token_id, np.full(count, per_image), phase.max_length)
+            except BadSample as reason:
+                bad.append(f"a record of {data.path} cannot be used: {reason}")
+                continue
+            tokens.append(length)
+            supervised.append(int(whole.supervised[1:].sum()))
             images.append(count)
+    if bad:
+        share = (
+            f"phase {phase.name}: {len(bad)} of the first {looked_at} records, max_bad_rate is {phase.max_bad_rate:g}"
+        )
+        stops = len(bad) > phase.max_bad_rate * looked_at
+        (report.note if stops else report.notes.append)(f"{share}; {bad[0]}")
     return Lengths(total, tokens, supervised, images)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,25 @@ def test_codes_that_are_shown_have_the_tower_s_grid_and_spare_its_work(config: T
 def test_features_that_the_tower_does_not_make_are_a_problem(config: TrainConfig, tmp_path: Path) -> None:
     (problem,) = checked(config, {"vision_features": [str(tmp_path / "tokens")]}).problems
     assert "is no set of an encoder's features" in problem
+
+
+@pytest.mark.parametrize("spoilt", ["template", "length"])
+def test_records_that_a_run_can_leave_out_are_a_note(config: TrainConfig, tmp_path: Path, spoilt: str) -> None:
+    records = json.loads((tmp_path / "talks.json").read_text())
+    bad = records[0]
+    if spoilt == "template":
+        bad["conversations"][0]["value"] = "no image token"
+    else:
+        bad["image"] = [bad["image"]] * 40
+        bad["conversations"][0]["value"] = "<image>" * 40
+    (tmp_path / "talks.json").write_text(json.dumps(records))
+    few, many = {"max_bad_rate": 0.5}, {"max_bad_rate": 0.01}
+    assert load_ahead(changed(config, few)).error is None
+    report = checked(config, few)
+    assert not report.problems
+    (note,) = report.notes
+    assert note.startswith(f"phase instruct: 1 of the first {len(records)} records, max_bad_rate is 0.5; a record of ")
+    assert ("does not fit template" if spoilt == "template" else "cuts an image off") in note
+    assert load_ahead(changed(config, many)).error is not None
+    (problem,) = checked(config, many).problems
+    assert problem == note.replace("0.5", "0.01")
