@@ -309,6 +309,14 @@ def commit(
     return path
 
 
+def finish(checkpoint: Checkpoint) -> None:
+    """Say of a checkpoint of a phase's last step that the phase is done, which it was not when it was written."""
+    path = checkpoint.path / MARKER
+    with storage_errors("write", path):
+        marker = json.loads(path.read_bytes())
+        write_atomically(path, json.dumps({**marker, "final": True}, indent=1).encode())
+
+
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

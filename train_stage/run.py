@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from manifests.errors import AsvrError, EnvironmentProblem, InputError, RankLost
+from manifests.errors import AsvrError, EnvironmentProblem, InputError, RankLost, TrainingStopped
 from manifests.fingerprint import digest
 from manifests.storage import Store
 from train_stage import checkpoint as checkpoints
@@ -120,6 +120,20 @@ def run_phase(
                 folder, last_step, plan.steps, config.log_every, meter, monitors.write, writes=ranks.rank == 0
             )
             stack.callback(metrics.close)
+
+        def look(step: int) -> None:
+            if prepared.held_out and is_due(phase, step, plan.steps):
+                validation = validate(
+                    engine, model, prepared.held_out, ranks, step=step, seed=config.seed, workers=config.workers
+                )
+                metrics.add_validation(validation)
+
+        if last_step == plan.steps:  # only its validation is missing, which could not be made then
+            look(last_step)
+            with ranks.together():
+                if newest is not None:
+                    checkpoints.finish(newest)
+            return None
         steps = collect_steps(
             plan,
             prepared.packing,
@@ -143,14 +157,15 @@ def run_phase(
                 average_micro_batches=isinstance(prepared.packing, FixedRows),
             )
             metrics.add(result)
-            if prepared.held_out and is_due(phase, step, plan.steps):
-                validation = validate(
-                    engine, model, prepared.held_out, ranks, step=step, seed=config.seed, workers=config.workers
-                )
-                metrics.add_validation(validation)
+            try:
+                look(step)
+            except (AsvrError, Stopped) as error:
+                if not isinstance(error.error if isinstance(error, Stopped) else error, TrainingStopped):
+                    save(config, phase, settings, engine, prepared, step, identity, final=False)
+                raise
             stop = stopper.after_step(ranks)
             if stop is not None or step % config.save_every == 0 or step == plan.steps:
-                save(config, phase, settings, engine, prepared, step, identity)
+                save(config, phase, settings, engine, prepared, step, identity, final=step == plan.steps)
             if stop is not None and not (step == plan.steps and phase.name == config.phases[-1].name):
                 log.info("phase %s: %s, so it ends after step %d, which is saved", phase.name, stop.reason, step)
                 return stop
@@ -178,6 +193,8 @@ def save(
     prepared: Prepared,
     step: int,
     identity: dict[str, Any] | None,
+    *,
+    final: bool,
 ) -> None:
     """Write the checkpoint of a step. Collective; complete only when every rank has written its part."""
     folder, ranks = config.phase_folder(phase.name), engine.ranks
@@ -190,7 +207,7 @@ def save(
             checkpoints.commit(
                 folder,
                 step,
-                final=step == prepared.plan.steps,
+                final=final,
                 world=ranks.world,
                 settings=settings,
                 config=config,

@@ -14,9 +14,10 @@ import tiny_set
 import torch
 
 from manifests.errors import InputError, TrainingStopped
-from train_stage.checkpoint import settings_of
+from train_stage.checkpoint import newest, settings_of
 from train_stage.config import TrainConfig
 from train_stage.loop import draw_seed
+from train_stage.phase_data import load_data
 from train_stage.prepare import Prepared, prepare
 from train_stage.ranks import Ranks
 from train_stage.run import is_due, run_phase
@@ -136,6 +137,31 @@ def test_a_validated_run_learns_what_another_learns_on_one_rank_and_on_two(
         for line in map(json.loads, (config.phase_folder("instruct") / "metrics.jsonl").read_text().splitlines())
     ]
     assert order[1:3] == [(2, "step"), (2, "validation")]
+
+
+@pytest.mark.parametrize("every", [4, None], ids=["in the middle", "at the end"])
+def test_held_out_pictures_that_cannot_be_read_cost_no_step(
+    config: TrainConfig, ranks: Ranks, tmp_path: Path, every: int | None
+) -> None:
+    values = alone(config).model_dump(mode="json") | {"save_every": 1000}
+    values["phases"][0]["validation"]["every"] = every
+    config = TrainConfig.model_validate(values)
+    phase, root = config.phase("instruct"), tmp_path / "held_out"
+    data = load_data(config, phase)
+    root.rename(tmp_path / "away")
+    with pytest.raises(InputError, match=r"of sample held_out\.json:"):
+        run_phase(config, phase, ranks, data, Stopper())
+    saved = newest(config.phase_folder("instruct"))
+    assert saved is not None
+    assert (saved.step, saved.final) == (every or 6, False)
+    (tmp_path / "away").rename(root)
+    assert run_phase(config, phase, ranks, None, Stopper()) is None
+    done = newest(config.phase_folder("instruct"))
+    assert done is not None
+    assert (done.step, done.final) == (6, True)
+    lines = [json.loads(line) for line in (config.phase_folder("instruct") / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "kind" not in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "kind" in line] == [6], "one in the middle is not made up for"
 
 
 def test_it_is_due_every_so_often_and_at_the_end(config: TrainConfig) -> None:
