@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import gc
 import logging
+import platform
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from manifests.atomic import storage_errors
 from manifests.errors import AsvrError, EnvironmentProblem, InputError, RankLost, TrainingStopped
 from manifests.fingerprint import digest
 from manifests.storage import Store
@@ -56,6 +61,7 @@ def run(config: TrainConfig, report: Callable[[AsvrError], None], stopper: Stopp
                     stack.enter_context(store.lease("train"))
                     # Again: until now another call, which is refused by the lease, may have put its own there.
                     store.write(CONFIG_NAME, config_bytes(config))
+            check_same_output(config.output, ranks)
             for phase in config.phases:
                 own, settings = ahead.phases.pop(phase.name, None), ahead.settings.get(phase.name)
                 stop = run_phase(config, config.phase(phase.name), ranks, own, stopper, settings)
@@ -255,6 +261,30 @@ def check_same_samples(samples: Samples, ranks: Ranks) -> None:
         raise InputError(
             "the ranks do not see the same samples: data, images and manifests must be the same files on every machine"
         )
+
+
+def check_same_output(output: str, ranks: Ranks, *, patience: float = 10.0) -> None:
+    """InputError if ranks write to different folders of one name, whose checkpoints would be cut apart. Collective.
+
+    `patience`: seconds that a network file system may take to show a new file.
+    """
+    sign = Path(output) / f".asvr-{ranks.gather([secrets.token_hex(8)])[0]}"
+    with ranks.together(), storage_errors("write", sign):
+        if ranks.rank == 0:
+            sign.touch()
+    deadline = time.monotonic() + patience
+    while not sign.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        with ranks.together():
+            if not sign.exists():
+                raise InputError(
+                    f"rank {ranks.rank}, on {platform.node()}, does not see what rank 0 writes to {output}: that has to be one "
+                    "folder for all machines, where each rank writes its part of a checkpoint"
+                )
+    finally:
+        if ranks.rank == 0:
+            sign.unlink(missing_ok=True)
 
 
 def describe(config: TrainConfig, phase: ResolvedPhase, prepared: Prepared, ranks: Ranks, last_step: int) -> None:

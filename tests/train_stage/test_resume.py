@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import tiny_run
 import tiny_set
+import torch
 
-from manifests.errors import TrainingStopped
+from manifests.errors import AsvrError, InputError, TrainingStopped
 from pipeline.launch import write_config
 from train_stage import checkpoint as checkpoints
 from train_stage import run as runs
@@ -124,3 +125,27 @@ def test_the_folder_s_configuration_is_that_of_the_run_that_has_the_lease(
     monkeypatch.setattr(runs, "load_ahead", meanwhile)
     run_with(lambda: None, config, ranks, monkeypatch, steps=1)
     assert read_config(Path(config.output) / "config.json") == config
+
+
+class Second(Ranks):
+    """The second of two ranks, of which the first is on another machine."""
+
+    def gather(self, items: list[str]) -> list[str]:
+        return ["first", *items]
+
+    def share_error(self, error: AsvrError | None) -> None:
+        if error is not None:
+            raise error
+
+
+def test_ranks_that_write_to_different_folders_of_one_name_do_not_begin(tmp_path: Path, ranks: Ranks) -> None:
+    """Each would keep its part of a checkpoint to itself, and none of them could be gone on from."""
+    second = Second(1, 2, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"rank 1, on .*, does not see what rank 0 writes to .*one folder for all"):
+        runs.check_same_output(str(tmp_path), second, patience=0.0)
+    (tmp_path / ".asvr-first").touch()
+    runs.check_same_output(str(tmp_path), second, patience=0.0)
+    assert [path.name for path in tmp_path.iterdir()] == [".asvr-first"], "the first rank's to remove"
+    (tmp_path / ".asvr-first").unlink()
+    runs.check_same_output(str(tmp_path), ranks)
+    assert not list(tmp_path.iterdir())
