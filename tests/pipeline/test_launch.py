@@ -148,6 +148,8 @@ def test_ranks_read_what_their_own_call_was_given(tmp_path: Path, monkeypatch: p
         read.append(read_config(Path(command[3])))
 
     monkeypatch.setattr(launch, "run_ranks", ranks)
+    for name in ("RANK", "WORLD_SIZE"):  # which DeepSpeed leaves behind, where a test before this one has trained
+        monkeypatch.delenv(name, raising=False)
     launch.train(own)
     assert read == [own]
 
