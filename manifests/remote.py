@@ -236,6 +236,8 @@ class _FsspecFiles:
 
     def open(self, key: str) -> pa.NativeFile:
         self._fs.invalidate_cache()
+        if self._fs.protocol == "memory":  # its open gives all who ask one file object, which has one position
+            return pa.BufferReader(self._fs.cat_file(key))
         return pa.PythonFile(self._fs.open(key, "rb"), mode="r")
 
     def put(self, key: str, pieces: Iterable[bytes | memoryview]) -> None:
