@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,8 @@ class Ahead:
     """What `load_ahead` has made, by phase, and the error that stopped it, if one did.
 
     settings are `checkpoint.settings_of` the phases in `phases` as they were read: when their turn comes, days later,
-    records and manifests may have become others, which are not what they train on.
+    records and manifests may have become others, which are not what they train on. Rank 0 has them, which compares and
+    saves; the others need not hash a model's files.
     """
 
     phases: dict[str, PhaseData] = field(default_factory=dict)
@@ -49,19 +51,20 @@ class Ahead:
 
 
 def load_ahead(config: TrainConfig) -> Ahead:
-    """The data of all phases that this process sees no end of. Not collective, and the same on every rank.
+    """The data of all phases that this process sees no end of. Not collective; the data is the same on every rank.
 
     An error is kept for when the ranks can speak of it together.
     """
-    ahead = Ahead()
+    ahead, first = Ahead(), os.environ.get("RANK", "0") == "0"
     try:
         for phase in (config.phase(own.name) for own in config.phases):
             newest = checkpoints.newest(config.phase_folder(phase.name))
-            settings = checkpoints.settings_of(config, phase.name)
-            if newest is not None:  # in vain, if it is not the checkpoint of this configuration
+            settings = checkpoints.settings_of(config, phase.name) if first or newest is not None else None
+            if newest is not None and settings is not None:  # in vain, if it is not of this configuration
                 checkpoints.check_fits(newest, settings)
             if newest is None or not newest.final:
-                ahead.settings[phase.name] = settings
+                if settings is not None:
+                    ahead.settings[phase.name] = settings
                 ahead.phases[phase.name] = load_data(config, phase)
     except AsvrError as error:
         ahead.error = error
