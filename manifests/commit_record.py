@@ -99,6 +99,9 @@ class CommitRecord(Frozen):
     views: int = Field(ge=0)
     codes: int = Field(ge=0)
     numerics: Numerics
+    copied_numerics: list[Numerics] = Field(
+        default=[], description="those of rows that were taken from earlier commits of the unit, where they differ"
+    )
     seconds: float = Field(ge=0)
 
     @model_validator(mode="after")

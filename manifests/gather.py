@@ -74,7 +74,8 @@ def gather(
         rejects.add(part.rejects)
         total.ids.add(part.rejects["image_id"])
         total.reasons.update(row.reason for row in record.rejects)
-        total.numerics.add(canonical_json(record.numerics.model_dump(mode="json")))
+        for numerics in (record.numerics, *record.copied_numerics):
+            total.numerics.add(canonical_json(numerics.model_dump(mode="json")))
         total.views += record.views
         total.codes += record.codes
     return total

@@ -22,10 +22,19 @@ Copied = tuple[Picture, npt.NDArray[Any]] | RejectRow
 
 @dataclass(frozen=True)
 class Survivors:
-    """`by_member` holds the members of a unit whose outcome is taken from the last commit, by their place in the unit."""
+    """`by_member` holds the members of a unit whose outcome is taken from the last commit, by their place in the unit.
+
+    `numerics` of that commit: with what the values were computed, the newest first.
+    """
 
     by_member: dict[int, Copied]
-    numerics: Numerics
+    numerics: list[Numerics]
+
+    def numerics_with(self, own: Numerics, *, encoded: bool) -> tuple[Numerics, list[Numerics]]:
+        """What the unit's next record says of its values, if some are `encoded` with `own`, and of those copied."""
+        copied = self.numerics if any(not isinstance(row, RejectRow) for row in self.by_member.values()) else []
+        first, *others = dict.fromkeys([own, *copied] if encoded or not copied else copied)
+        return first, others
 
     @classmethod
     def of(cls, store: Store, unit: Unit, column: str) -> Survivors:
@@ -45,7 +54,7 @@ class Survivors:
             path = record.shard.path
             table = read_parquet(pa.py_buffer(store.read(path)), store.where(path))
             copied |= {places[name]: row for name, row in _rows(table, column) if name in places}
-        return cls(copied, record.numerics)
+        return cls(copied, [record.numerics, *record.copied_numerics])
 
 
 def _rows(table: pa.Table, column: str) -> list[tuple[str, tuple[Picture, npt.NDArray[Any]]]]:

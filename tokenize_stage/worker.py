@@ -94,8 +94,8 @@ class Worker:
         timing = Timing(time.monotonic())
         order, column, count = self._order, value_column(self._order.spec), unit.members.num_rows
         rows = UnitRows(unit, order)
-        kept = Survivors.of(self._store, unit, column.kind) if unit.rewrites else None
-        copied = kept.by_member if kept else {}
+        kept = Survivors.of(self._store, unit, column.kind) if unit.rewrites else Survivors({}, [])
+        copied = kept.by_member
         todo = [member for member in range(count) if member not in copied]
 
         members = take_rows(unit.members, np.array(todo, np.int64)) if copied else unit.members
@@ -106,6 +106,7 @@ class Worker:
         with UnitReader(order.images, unit.members, [], carried=sorted(rows.pictures)) as reader:
             shard = rows.write_shard(self._store, reader)
         seconds = round(time.monotonic() - timing.began, 3)
+        numerics, copied_numerics = kept.numerics_with(self._encoder.numerics(), encoded=bool(todo))
         record = CommitRecord(
             fingerprint=order.fingerprint,
             unit=unit.name,
@@ -115,7 +116,8 @@ class Worker:
             usage=encode_usage(rows.histograms()),
             views=rows.views,
             codes=0 if column.features else rows.views * rows.values_NL.shape[1],
-            numerics=kept.numerics if kept and not todo else self._encoder.numerics(),
+            numerics=numerics,
+            copied_numerics=copied_numerics,
             seconds=seconds,
         )
         metrics = UnitMetrics(

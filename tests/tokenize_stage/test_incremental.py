@@ -57,6 +57,23 @@ def test_insert_one_edit_one_delete_one_and_edit_a_caption_encodes_two(codebook:
     assert all((mine == theirs).all() for mine, theirs in zip(*codes, strict=True))
 
 
+def test_a_unit_of_several_runs_names_what_each_computed_it_with(
+    pictures: Path, codebook: Path, tmp_path: Path
+) -> None:
+    def batch_sizes(batch_size: int) -> list[int]:
+        manifest = run_job(
+            job_config(pictures, codebook, tmp_path / "out", unit_size=64, batch_size=batch_size)
+        ).manifest
+        assert len(manifest.shards) == 1
+        return sorted(numerics.batch_size for numerics in manifest.provenance.numerics)
+
+    assert batch_sizes(4) == [4]
+    (pictures / "000002.png").write_bytes(picture(77))
+    assert batch_sizes(2) == [2, 4]
+    (pictures / "000001.jpg").unlink()
+    assert batch_sizes(3) == [2, 4]
+
+
 def test_a_trial_is_kept_and_leaves_no_trace_in_the_result(pictures: Path, codebook: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     config = job_config(pictures, codebook, output, max_reject_rate=0.2)
