@@ -6,7 +6,7 @@ import json
 import logging
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -187,7 +187,7 @@ class MetricsLog:
         self._file: TextIO | None = None
         if writes:
             with storage_errors("write", self.path):
-                kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= last_step]
+                kept = [line for line, record in _records(self.path) if record["step"] <= last_step]
                 write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
                 self._file = self.path.open("a", encoding="utf-8")
 
@@ -249,15 +249,26 @@ def describe_validation(m: ValidationMetrics) -> str:
 
 def last_records(folder: Path) -> dict[str, dict[str, Any]]:
     """The last record of each kind in a phase's metrics, by what it is: `training`, `validation`."""
-    records = (json.loads(line) for line in _whole_lines(folder / METRICS_NAME))
-    return {record.get("kind", "training"): record for record in records}
+    return {record.get("kind", "training"): record for _, record in _records(folder / METRICS_NAME)}
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The complete lines of a file; a line that a killed process left unfinished does not count."""
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The complete lines of a log and what they say.
+
+    A line that a killed process left unfinished does not count; a damaged one is named and left out, as nothing that is
+    trained depends on it.
+    """
     if not path.exists():
-        return []
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            if isinstance(record["step"], int):
+                yield line, record
+                continue
+        except (ValueError, KeyError, TypeError):
+            pass
+        log.warning("line %d of %s is damaged and is left out", number, path)
 
 
 def _clock(seconds: float) -> str:

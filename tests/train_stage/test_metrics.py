@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from manifests.errors import EnvironmentProblem, RecipeError
 from train_stage.config import ModelConfig
 from train_stage.flops import FlopModel, Work
-from train_stage.metrics import Meter, StepMetrics, TermMetrics, charted
+from train_stage.metrics import Meter, MetricsLog, StepMetrics, TermMetrics, charted, last_records
 from train_stage.monitors import Monitors
 from train_stage.ranks import Ranks
 from train_stage.run import run_phase
@@ -120,3 +120,18 @@ def test_monitors_that_cannot_write_are_one_sentence(tmp_path: Path, ranks: Rank
         Monitors({"wandb": {"enabled": True}}, tmp_path)
     Monitors({}, tmp_path).write({"loss": 1.0}, 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_log_keeps_its_other_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step"\xff\x00\n[3]\n{"kind": "validation", "step": 2}\n{"step": 3}\n{"step": 4')
+    assert last_records(tmp_path) == {
+        "training": {"step": 3},
+        "validation": {"kind": "validation", "step": 2},
+    }
+    meter = Meter(FlopModel(1, 1, 1, 1, {}), devices=1, peak=None)
+    MetricsLog(tmp_path, 2, 5, 1, meter, lambda *_: None, writes=True).close()
+    assert path.read_text() == '{"step": 1}\n{"kind": "validation", "step": 2}\n'
+    assert [
+        f"line {number} of {path}" in entry.message for entry, number in zip(caplog.records, (2, 3, 2, 3), strict=True)
+    ]
