@@ -68,7 +68,7 @@ def write_atomically(path: Path, data: bytes | memoryview | BinaryIO) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _fsync_folder(path.parent)
+    flush(path.parent)
 
 
 def pieces(data: bytes | memoryview | BinaryIO) -> Iterator[bytes | memoryview]:
@@ -87,11 +87,12 @@ def make_folder(folder: Path) -> None:
         return
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _fsync_folder(folder.parent)
+    flush(folder.parent)
 
 
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def flush(path: Path) -> None:
+    """Have a file or a folder's list of names on the disk before this returns."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -110,5 +111,5 @@ def link_file(source: Path, target: Path) -> bool:
             if error.errno in _NO_LINK:
                 return False
             raise
-        _fsync_folder(target.parent)
+        flush(target.parent)
     return True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import re
 import shutil
@@ -19,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from manifests.atomic import storage_errors, write_atomically
+from manifests.atomic import flush, storage_errors, write_atomically
 from manifests.errors import InputError, TrainingStopped
 from manifests.fingerprint import differing_keys, digest
 from manifests.hashes import file_sha256
@@ -293,12 +292,12 @@ def commit(
     }
     with storage_errors("write", unfinished):
         for written in unfinished.rglob("*"):
-            _flush(written)
+            flush(written)
         write_atomically(unfinished / MARKER, json.dumps(marker, indent=1).encode())
         if path.exists():  # without a marker, or the run would have gone on from it
             shutil.rmtree(path)
         unfinished.rename(path)
-        _flush(folder)
+        flush(folder)
     with storage_errors("remove", folder):
         for old in complete(folder)[:-keep_last]:
             # First the name, so that a kill in between leaves nothing that looks complete.
@@ -315,14 +314,6 @@ def finish(checkpoint: Checkpoint) -> None:
     with storage_errors("write", path):
         marker = json.loads(path.read_bytes())
         write_atomically(path, json.dumps({**marker, "final": True}, indent=1).encode())
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from manifests.atomic import make_folder, storage_errors
+from manifests.atomic import flush, make_folder, storage_errors
 from manifests.errors import RecipeError, StorageError, TrainingStopped
 from train_stage import deepspeed_repairs as repairs
 from train_stage.config import Part, ResolvedPhase, TrainConfig
@@ -277,6 +277,8 @@ def make_universal(folder: Path) -> None:
                 "number that wrote it, or remove this checkpoint"
             )
         (folder / f"latest_{_UNIVERSAL}").unlink(missing_ok=True)
+        for written in draft.rglob("*"):
+            flush(written)
         draft.rename(made)
 
 
