@@ -270,7 +270,7 @@ def run(settings: dict[str, Any], answer: Callable[[Any], None]) -> None:
     needed, device = statistics.mean(map(flops, work)), ranks.device
     parameters = sum(p.numel() for p in model.objectives.parameters())
     vectors = sum(b.numel() * b.element_size() for b in model.objectives.buffers())
-    own = estimate(parameters, parameters, bytes_each=dtype.itemsize, stage=1, offload=False, gpus=1, activations=0)
+    own = estimate(parameters, parameters, bytes_each=dtype.itemsize, stage=1)
     result = {
         "samples": size,
         "tokens": tokens // len(work),

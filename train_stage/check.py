@@ -23,6 +23,7 @@ from train_stage.chat import BadSample, ChatEncoder
 from train_stage.checkpoint import check_fits, newest, settings_of, start_of
 from train_stage.config import INPUT_CODES, VISION_FEATURES, ResolvedPhase, TrainConfig
 from train_stage.cost import Part, count_parts, flop_model, kept
+from train_stage.deepspeed_settings import is_offloaded, stage_of
 from train_stage.flops import Work
 from train_stage.image_tokens import ImageTokens
 from train_stage.memory import Memory, activations, checkpoint_bytes, estimate, head_bytes
@@ -303,15 +304,15 @@ def _estimate(
     flops = flop_model(model, geometry.size)(work)
     bytes_each = 2 if config.precision == "bfloat16" else 4
     text = model.llava.config.text_config
-    zero = config.deepspeed.get("zero_optimization", {})
     chunk = min(POSITIONS, phase.micro_batch_tokens)
     scored = [head_bytes(term.visual_head, text.hidden_size, chunk, bytes_each) for term in _of_codes(model)]
     memory = estimate(
         total,
         trained,
         bytes_each=bytes_each,
-        stage=zero.get("stage", 1),
-        offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        stage=stage_of(config.deepspeed),
+        offload=is_offloaded(config.deepspeed, "offload_optimizer"),
+        offload_weights=is_offloaded(config.deepspeed, "offload_param"),
         gpus=fleet.gpus,
         activations=activations(
             text,

@@ -65,12 +65,12 @@ FOREIGN: dict[str, str] = {
         "is for models that are cut in other ways than by ZeRO",
     ),
     **dict.fromkeys(("autotuning", "elasticity"), "is for DeepSpeed's own launcher"),
+    "aio": "is for offloading to NVMe disks",
 }
 """Settings of DeepSpeed that this trainer cannot honour, and what is wrong with each."""
 
 WATCHING = frozenset(
     {
-        "aio",
         "comet",
         "comms_logger",
         "csv_monitor",
@@ -108,7 +108,15 @@ UNFIT: dict[str, str] = {
 }
 """Settings of `zero_optimization` with which a run would stop in its first step, and why."""
 
+OFFLOADED = ("offload_optimizer", "offload_param")
+"""Settings of `zero_optimization` that move a part of the states to the host's memory."""
+
 STAGES = (1, 2, 3)
+
+
+def is_offloaded(settings: dict[str, Any], key: str) -> bool:
+    """Whether settings that `check` lets pass move to the host what `key` of OFFLOADED names."""
+    return (settings.get("zero_optimization", {}).get(key) or {}).get("device", "none") != "none"
 
 
 def stage_of(settings: dict[str, Any]) -> int:
@@ -136,6 +144,12 @@ def check(settings: dict[str, Any]) -> None:
     for key, reason in UNFIT.items():
         if zero.get(key):
             raise ValueError(f"deepspeed.zero_optimization.{key} {reason}; remove it")
+    for key in OFFLOADED:
+        where = zero.get(key) or {}
+        if not isinstance(where, dict) or where.get("device", "none") not in ("none", "cpu"):
+            raise ValueError(
+                f"deepspeed.zero_optimization.{key} is {{device: cpu}} or not there: offloading to NVMe disks is not supported"
+            )
     if zero.get("overlap_comm") and stage_of(settings) == 1:
         raise ValueError(
             "deepspeed.zero_optimization.overlap_comm is for stages 2 and 3, because gradients of stage 1 are summed once, at the "
@@ -151,5 +165,5 @@ def that_decide(settings: dict[str, Any]) -> dict[str, Any]:
     """
     decide = {key: value for key, value in settings.items() if key in DECIDING - {"zero_optimization"}}
     zero = settings.get("zero_optimization", {})
-    offloaded = {key: zero[key].get("device") for key in ("offload_optimizer", "offload_param") if zero.get(key)}
+    offloaded = {key: zero[key].get("device") for key in OFFLOADED if zero.get(key)}
     return {**decide, "zero_optimization": {"stage": stage_of(settings), **offloaded}}

@@ -37,21 +37,33 @@ class Memory:
 
 
 def estimate(
-    total: int, trained: int, *, bytes_each: int, stage: int, offload: bool, gpus: int, activations: float
+    total: int,
+    trained: int,
+    *,
+    bytes_each: int,
+    stage: int,
+    offload: bool = False,
+    offload_weights: bool = False,
+    gpus: int = 1,
+    activations: float = 0,
 ) -> Memory:
     """The states of ZeRO stage 1, 2 or 3 (arXiv 1910.02054), and the activations given.
+
+    `offload` and, in stage 3 only, `offload_weights`: whether optimizer states and weights are on the host.
 
     Stage 1 divides the states by the GPUs, stage 2 the gradients too, stage 3 the weights too. Gradients are the
     model's own and, in bfloat16, their float32 sum.
     """
     gradient = trained * (bytes_each + (ACCUMULATED if bytes_each < ACCUMULATED else 0))
     states = trained * STATES / gpus
+    weights = total * bytes_each / (gpus if stage == 3 else 1)
+    offload_weights = offload_weights and stage == 3
     return Memory(
-        weights=total * bytes_each / (gpus if stage == 3 else 1),
+        weights=0 if offload_weights else weights,
         gradients=gradient / (gpus if stage >= 2 else 1),
         states=0 if offload else states,
         activations=activations,
-        host=states if offload else 0,
+        host=(states if offload else 0) + (weights if offload_weights else 0),
     )
 
 

@@ -53,6 +53,15 @@ def test_json_gives_the_same_configuration_back() -> None:
         ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "stage is 1, 2 or 3"),
         ({"deepspeed": {"csv_monitor": True}}, "deepspeed.csv_monitor is a mapping of settings, not True"),
         ({"deepspeed": {"zero_optimization": 3}}, "deepspeed.zero_optimization is a mapping of settings, not 3"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}},
+            "offload_param is {device: cpu} or not there",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"offload_optimizer": True}}},
+            "offload_optimizer is {device: cpu} or not",
+        ),
+        ({"deepspeed": {"aio": {}}}, "is for offloading to NVMe disks, which this trainer does not support"),
         ({"deepspeed": {"zero_optimization": {"overlap_comm": True}}}, "overlap_comm is for stages 2 and 3"),
         (
             {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 1}}},
@@ -65,7 +74,7 @@ def test_json_gives_the_same_configuration_back() -> None:
         ({"deepspeed": {"activation_checkpointing": {}}}, "is derived from recompute_activations; remove it"),
         ({"deepspeed": {"curriculum_learning": {}}}, "changes the order of the samples, which this trainer does not"),
         ({"deepspeed": {"zero_optimisation": {}}}, "no setting that DeepSpeed reads: did you mean zero_optimization"),
-        ({"deepspeed": {"ranks": 2}}, "no setting that DeepSpeed reads: there are aio, comet"),
+        ({"deepspeed": {"ranks": 2}}, "no setting that DeepSpeed reads: there are comet"),
         ({"phases": [phase(name="pretrain", part_lr={"language_model": 1})]}, "does not train its language_model"),
         ({"phases": [phase(), phase()]}, "must differ"),
         ({"phases": [phase(manifests=[])]}, "predicts codes but names no manifests"),

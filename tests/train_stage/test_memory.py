@@ -87,8 +87,8 @@ def test_the_larger_of_the_heads_counts() -> None:
 
 
 def test_zero_divides_states_then_gradients_then_weights() -> None:
-    def of(stage: int, *, offload: bool = False) -> tuple[float, float, float, float]:
-        own = estimate(1000, 500, bytes_each=2, stage=stage, offload=offload, gpus=4, activations=7)
+    def of(stage: int, **offload: bool) -> tuple[float, float, float, float]:
+        own = estimate(1000, 500, bytes_each=2, stage=stage, gpus=4, activations=7, **offload)
         assert own.total == own.weights + own.gradients + own.states + 7
         return own.weights, own.gradients, own.states, own.host
 
@@ -96,7 +96,9 @@ def test_zero_divides_states_then_gradients_then_weights() -> None:
     assert of(2) == (2000, 500 * 6 / 4, 500 * 12 / 4, 0)
     assert of(3) == (500, 500 * 6 / 4, 500 * 12 / 4, 0)
     assert of(2, offload=True) == (2000, 500 * 6 / 4, 0, 500 * 12 / 4)
-    in_float32 = estimate(1000, 500, bytes_each=4, stage=1, offload=False, gpus=1, activations=0)
+    assert of(3, offload_weights=True) == (0, 500 * 6 / 4, 500 * 12 / 4, 500)
+    assert of(2, offload_weights=True) == of(2), "DeepSpeed moves weights in stage 3 alone"
+    in_float32 = estimate(1000, 500, bytes_each=4, stage=1)
     assert in_float32.gradients == 500 * 4
 
 
