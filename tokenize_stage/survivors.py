@@ -30,10 +30,11 @@ class Survivors:
     by_member: dict[int, Copied]
     numerics: list[Numerics]
 
-    def numerics_with(self, own: Numerics, *, encoded: bool) -> tuple[Numerics, list[Numerics]]:
-        """What the unit's next record says of its values, if some are `encoded` with `own`, and of those copied."""
-        copied = self.numerics if any(not isinstance(row, RejectRow) for row in self.by_member.values()) else []
-        first, *others = dict.fromkeys([own, *copied] if encoded or not copied else copied)
+    def numerics_with(self, own: Numerics | None) -> tuple[Numerics, list[Numerics]]:
+        """What the unit's next record says of its values and of those copied, if others are computed with `own`."""
+        has_values = any(not isinstance(row, RejectRow) for row in self.by_member.values())
+        copied = self.numerics if has_values or own is None else []
+        first, *others = dict.fromkeys(copied if own is None else [own, *copied])
         return first, others
 
     @classmethod

@@ -106,7 +106,7 @@ class Worker:
         with UnitReader(order.images, unit.members, [], carried=sorted(rows.pictures)) as reader:
             shard = rows.write_shard(self._store, reader)
         seconds = round(time.monotonic() - timing.began, 3)
-        numerics, copied_numerics = kept.numerics_with(self._encoder.numerics(), encoded=bool(todo))
+        numerics, copied_numerics = kept.numerics_with(self._encoder.numerics() if todo else None)
         record = CommitRecord(
             fingerprint=order.fingerprint,
             unit=unit.name,
