@@ -26,18 +26,6 @@ def describe(device: torch.device) -> str:
     return "\n".join(lines)
 
 
-def return_freed_memory() -> None:
-    """From here on glibc gives freed tensors back to the kernel at once, so that resident pages are those of live ones.
-
-    Else a heap in pieces counts, by tens of MiB that differ from run to run. Time nothing after it: every tensor is then
-    mapped anew. Of no effect on a GPU's memory.
-    """
-    threshold, most_mappings = -3, -4  # M_MMAP_THRESHOLD and M_MMAP_MAX of malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(threshold, 32 * 1024)
-    libc.mallopt(most_mappings, 1_000_000)
-
-
 class PeakMemory:
     """`with PeakMemory(device) as peak: ...; peak.bytes`: the most that was held beyond what was there before.
 

@@ -1,7 +1,6 @@
 """The contestants of `benchmarks.train`, one a process: `python -m benchmarks.train_runs SETTINGS`.
 
-It answers every line "step" on its input by the seconds that a step took; and "end" by its result, after it has taken
-the largest step once more to see how much memory that needs. Answers are lines of JSON.
+It answers every line "step" on its input by the seconds that a step took, and "end" by its result, as lines of JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from benchmarks.machine import PeakMemory, held_memory, return_freed_memory
+from benchmarks.machine import PeakMemory, held_memory
 from benchmarks.plain_search import PlainSearch
 from train_stage import tower
 from train_stage.batch import IGNORE, Batch, count_pairs, count_text_targets, dummy_view
@@ -237,7 +236,8 @@ def run(settings: dict[str, Any], answer: Callable[[Any], None]) -> None:
     """Train a step to warm up and the others by the clock, each when it is asked for."""
     torch.set_num_threads(settings["threads"])
     name, shape = settings["name"], SHAPES[settings["shape"]]
-    samples = torch.load(settings["samples"], weights_only=True)
+    size = settings["batch_size"]
+    samples = torch.load(settings["samples"], weights_only=True)[: size * (1 + settings["steps"])]
     prepare_environment()
     ranks = join_ranks(600)
     before = held_memory(ranks.device)
@@ -245,28 +245,21 @@ def run(settings: dict[str, Any], answer: Callable[[Any], None]) -> None:
     flops = flop_model(model, shape.view_size)
     config = _config("bfloat16" if dtype == torch.bfloat16 else "float32")
     engine = Engine(model, config, config.phase("instruct"), ranks)
-    size = settings["batch_size"]
     steps = [samples[start : start + size] for start in range(0, len(samples), size)]
     done: list[StepMetrics] = []
-
-    def take(step: list[dict[str, Tensor]]) -> None:
-        collected = Collected(len(done) + 1, _micro_batches(step, shape, settings), None, 0.0)
-        done.append(train_step(engine, collected, terms=model.terms, learning_rate=1e-5, seed=SEED, epoch=0))
-
-    for step in steps:
-        _expect("step")
-        take(step)
-        answer(done[-1].seconds)
-    _expect("end")
-    return_freed_memory()
     with PeakMemory(ranks.device) as peak:
         held = held_memory(ranks.device)
-        take(max(steps, key=lambda step: _work(step, shape).tokens))
+        for number, step in enumerate(steps):
+            _expect("step")
+            collected = Collected(number + 1, _micro_batches(step, shape, settings), None, 0.0)
+            done.append(train_step(engine, collected, terms=model.terms, learning_rate=1e-5, seed=SEED, epoch=0))
+            answer(done[-1].seconds)
+    _expect("end")
     leave_ranks()
 
     work = [_work(step, shape) for step in steps[1:]]
     slots = sum(batch.input_ids.numel() for step in steps[1:] for batch in _micro_batches(step, shape, settings))
-    tokens, seconds = sum(own.tokens for own in work), [own.seconds for own in done[1 : len(steps)]]
+    tokens, seconds = sum(own.tokens for own in work), [own.seconds for own in done[1:]]
     needed, device = statistics.mean(map(flops, work)), ranks.device
     parameters = sum(p.numel() for p in model.objectives.parameters())
     vectors = sum(b.numel() * b.element_size() for b in model.objectives.buffers())
