@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from manifests.atomic import storage_errors
 from manifests.errors import EXIT_CODES, AsvrError, EnvironmentProblem, RankLost, RecipeError, TrainingStopped
 from manifests.local_store import LocalStore
 from pipeline.console import plain, write_line
@@ -231,9 +232,10 @@ def _train_here(config: TrainConfig, environment: dict[str, str], limits: Limits
 @contextlib.contextmanager
 def _own_copy(config: TrainConfig) -> Iterator[Path]:
     """A file for ranks to read: that in the run's folder may be another call's until the run has its lease."""
-    with tempfile.TemporaryDirectory(prefix="asvr-") as folder:
-        path = Path(folder) / CONFIG_NAME
-        path.write_bytes(config_bytes(config))
+    with contextlib.ExitStack() as stack:
+        with storage_errors("write", "the folder for temporary files (TMPDIR)"):
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asvr-")), CONFIG_NAME)
+            path.write_bytes(config_bytes(config))
         yield path
 
 

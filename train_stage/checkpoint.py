@@ -94,6 +94,7 @@ def complete(folder: Path) -> list[Checkpoint]:
 def _read(path: Path) -> Checkpoint:
     try:
         marker = json.loads((path / MARKER).read_bytes())
+        samples = marker.get("samples")
         return Checkpoint(
             path=path,
             step=marker["step"],
@@ -101,9 +102,9 @@ def _read(path: Path) -> Checkpoint:
             world=marker["world_size"],
             settings=marker["settings"],
             versions=marker["versions"],
-            samples=marker.get("samples"),
+            samples=samples and {key: samples[key] for key in ("count", "digest")},
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingStopped(
             f"{path / MARKER} is damaged: remove {path}, and the run goes on from before it"
         ) from error

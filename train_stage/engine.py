@@ -144,9 +144,9 @@ class Engine:
             except (DeepSpeedConfigError, AssertionError, ValueError) as error:
                 if not config.deepspeed:
                     raise
-                given = ", ".join(config.deepspeed)
+                given, reason = ", ".join(config.deepspeed), (str(error).splitlines() or [type(error).__name__])[0]
                 raise RecipeError(
-                    f"DeepSpeed refuses its settings, of which the recipe gives {given}: {str(error).splitlines()[0]}"
+                    f"DeepSpeed refuses its settings, of which the recipe gives {given}: {reason}"
                 ) from error
             if self._stage == 3:
                 newline = image_newline(model.llava)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from manifests.errors import EnvironmentProblem, LeaseHeld, RankLost, RecipeError, TrainingStopped
+from manifests.errors import EnvironmentProblem, LeaseHeld, RankLost, RecipeError, StorageError, TrainingStopped
 from manifests.storage import Store
 from pipeline import extras, launch
 from pipeline.ranks import RankError, run_ranks
@@ -186,6 +186,17 @@ def test_another_configuration_is_refused_before_it_overwrites_the_first(tmp_pat
     with pytest.raises(TrainingStopped, match="seed: 0 -> 7"):
         launch.train(whole.model_copy(update={"seed": 7}))
     assert TrainConfig.model_validate_json((tmp_path / "run" / "config.json").read_bytes()) == whole
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_a_folder_for_temporary_files_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    (tmp_path / "d.json").write_text("[]")
+    monkeypatch.setattr("os.environ", {**os.environ, **environment})
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match=r"cannot write the folder for temporary files \(TMPDIR\): no such file"):
+        launch.train(config(tmp_path))
 
 
 def test_a_rank_of_another_launcher_leaves_the_configuration_of_another_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -53,9 +54,12 @@ def test_the_newest_complete_one_counts(config: TrainConfig) -> None:
     assert not (folder / "step_11.tmp").exists()
 
 
-def test_a_damaged_marker_is_named(config: TrainConfig) -> None:
+@pytest.mark.parametrize("change", [None, [], {"samples": 3}, {"samples": {"count": 3}}])
+def test_a_damaged_marker_is_named(config: TrainConfig, change: Any) -> None:
     path = write(config, "pretrain", 1)
-    (path / checkpoints.MARKER).write_text("{")
+    marker = path / checkpoints.MARKER
+    value = json.loads(marker.read_bytes()) | change if isinstance(change, dict) else change
+    marker.write_text("{" if value is None else json.dumps(value))
     with pytest.raises(TrainingStopped, match=r"COMPLETE\.json is damaged: remove .*step_1"):
         checkpoints.newest(config.phase_folder("pretrain"))
 
